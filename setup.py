@@ -1,0 +1,43 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r"__version__ = '([^']+)'", (ROOT / 'dckd_sr' / '__init__.py').read_text(encoding='utf-8')).group(1)
+
+setup(
+    name='dckd_sr',
+    version=VERSION,
+    description='Dynamic contrastive knowledge distillation for image restoration, as an extension of BasicSR',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['dckd_sr', 'dckd_sr.*']),
+    # BasicSR 1.4.2 cannot be built on Python 3.13 (its setup.py reads locals() after exec).
+    python_requires='>=3.9,<3.13',
+    install_requires=[
+        'basicsr==1.4.2',
+        'torch>=2.4',
+        'torchvision>=0.19',
+        'numpy>=1.24',
+        'opencv-python>=4.8',
+        'pydantic>=2.5',
+        'PyYAML>=6.0',
+        'safetensors>=0.4.3',
+        'scikit-image>=0.22',
+        'scipy>=1.10',
+        'tqdm>=4.64',
+    ],
+    extras_require={
+        'test': ['pytest>=7.4', 'pytest-xdist>=3.5', 'hypothesis>=6.80', 'kornia>=0.7.2'],
+        'lint': ['ruff>=0.6'],
+        'report': ['matplotlib>=3.7'],
+    },
+    entry_points={
+        'console_scripts': [
+            'dckd-train = dckd_sr.train:main',
+            'dckd-test = dckd_sr.test:main',
+        ],
+    },
+)
