@@ -1,0 +1,294 @@
+"""Every repair of BasicSR 1.4.2 (and of torchvision) that a current stack needs: one function per defect.
+
+``apply()`` runs before the first ``import basicsr``. BasicSR's files stay untouched: modules that no longer exist are
+put into ``sys.modules``, and methods that lose data or crash are replaced on the imported classes.
+"""
+
+import importlib
+import importlib.util
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+
+from dckd_sr.errors import nearest
+
+BASICSR_VERSION = '1.4.2'
+_applied = False
+_kept_alive = []
+
+
+def apply():
+    """Make ``import basicsr`` work and repair it; later calls do nothing.
+
+    Raises:
+        ImportError: no BasicSR, or another package of that name in its place; the message names the folder.
+    """
+    global _applied
+    if _applied:
+        return
+    check_basicsr()
+    restore_torchvision_operators()
+    restore_functional_tensor()
+    restore_distutils()
+    restore_scipy_filters()
+    with warnings.catch_warnings():
+        # Their deprecation notices are about lines that a user of ours cannot change.
+        warnings.simplefilter('ignore')
+        importlib.import_module('basicsr')
+    name_registry_entries()
+    repair_devices()
+    repair_optimizers()
+    repair_ema()
+    repair_logs()
+    repair_checkpoints()
+    repair_validation()
+    _applied = True
+
+
+def check_basicsr():
+    """Forks of BasicSR (NAFNet, Restormer, DCKD itself) install or lie around as `basicsr` and hide the real one."""
+    module = sys.modules.get('basicsr')
+    spec = module.__spec__ if module is not None else importlib.util.find_spec('basicsr')
+    if spec is None:
+        raise ImportError(f'BasicSR is not installed: pip install basicsr=={BASICSR_VERSION}')
+    folder = Path(next(iter(spec.submodule_search_locations or []), spec.origin or '?'))
+    version_file = folder / 'version.py'
+    found = re.search(r"__version__\s*=\s*'([^']*)'", version_file.read_text()) if version_file.is_file() else None
+    version = found.group(1) if found else 'unknown'
+    # NAFNet's and Restormer's copies state 1.2/1.3; a bare folder of that name has no version at all.
+    if version != BASICSR_VERSION or not (folder / 'archs' / 'swinir_arch.py').is_file():
+        raise ImportError(
+            f'the package `basicsr` found at {folder} (version {version}) is not BasicSR {BASICSR_VERSION} and hides it. '
+            f'Leave that folder or rename it, or: pip uninstall basicsr && pip install basicsr=={BASICSR_VERSION}'
+        )
+
+
+def restore_torchvision_operators():
+    """A CPU torch beside PyPI's torchvision (built for CUDA) fails with "operator torchvision::nms does not exist".
+
+    Its compiled half cannot load, so the operators that its Python half refers to are declared here, without kernels:
+    restoration needs none of them.
+    """
+    try:
+        importlib.import_module('torchvision')
+    except RuntimeError as error:
+        if 'torchvision::' not in str(error):
+            raise
+        import torch
+
+        for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+            del sys.modules[name]
+        library = torch.library.Library('torchvision', 'DEF')
+        library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        _kept_alive.append(library)  # the definitions end with the object
+        importlib.import_module('torchvision')
+
+
+def restore_functional_tensor():
+    """torchvision >= 0.17 dropped `transforms.functional_tensor`, which basicsr/data/degradations.py:8 imports."""
+    name = 'torchvision.transforms.functional_tensor'
+    if importlib.util.find_spec(name) is None:
+        from torchvision.transforms import functional
+
+        module = types.ModuleType(name)
+        module.rgb_to_grayscale = functional.rgb_to_grayscale
+        sys.modules[name] = module
+
+
+def restore_distutils():
+    """Python 3.12 has no `distutils`; basicsr/archs/arch_util.py:6 compares torchvision's version with it."""
+    try:
+        importlib.import_module('distutils.version')  # Python < 3.12, or setuptools' stand-in
+    except ImportError:
+        package, module = types.ModuleType('distutils'), types.ModuleType('distutils.version')
+        module.LooseVersion = _Version
+        package.version = module
+        sys.modules['distutils'], sys.modules['distutils.version'] = package, module
+
+
+class _Version:
+    """Compares the leading numbers of versions such as '0.28.0+cpu'."""
+
+    def __init__(self, text):
+        self.numbers = [int(n) for n in re.findall(r'\d+', text.split('+')[0])]
+
+    def __ge__(self, other):
+        return self.numbers >= other.numbers
+
+
+def restore_scipy_filters():
+    """SciPy 2 removes `scipy.ndimage.filters`, which basicsr/metrics/niqe.py:5 imports."""
+    from scipy import ndimage
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            importlib.import_module('scipy.ndimage.filters')
+        except ImportError:
+            sys.modules['scipy.ndimage.filters'] = ndimage
+
+
+def name_registry_entries():
+    """basicsr/utils/registry.py:65-71 prints a fallback that may not exist, then raises a KeyError without names."""
+    from basicsr.utils.registry import Registry
+
+    def get(self, name, suffix='basicsr'):
+        for known in (name, f'{name}_{suffix}'):
+            if known in self._obj_map:
+                return self._obj_map[known]
+        raise KeyError(f"no {self._name} named '{name}'{nearest(name, self._obj_map)}; known: {', '.join(self._obj_map)}")
+
+    Registry.get = get
+
+
+def repair_devices():
+    """base_model.py:18 and :97 assume CUDA: `num_gpu: 1` crashes without it, and so does DistributedDataParallel on CPU."""
+    import torch
+    from basicsr.models.base_model import BaseModel
+    from torch.nn.parallel import DistributedDataParallel
+
+    def __init__(self, opt):
+        self.opt = opt
+        use_cuda = opt.get('num_gpu', 0) != 0 and torch.cuda.is_available()
+        self.device = torch.device('cuda', torch.cuda.current_device()) if use_cuda else torch.device('cpu')
+        self.is_train = opt['is_train']
+        self.schedulers = []
+        self.optimizers = []
+
+    def model_to_device(self, net):
+        net = net.to(self.device)
+        if self.opt.get('dist'):
+            devices = [self.device.index] if self.device.type == 'cuda' else None
+            unused = self.opt.get('find_unused_parameters', False)
+            net = DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
+        return net
+
+    BaseModel.__init__ = __init__
+    BaseModel.model_to_device = model_to_device
+
+
+def repair_optimizers():
+    """base_model.py:104 knows Adam only; any class of torch.optim serves."""
+    import torch
+    from basicsr.models.base_model import BaseModel
+
+    def get_optimizer(self, optim_type, params, lr, **kwargs):
+        return getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
+
+    BaseModel.get_optimizer = get_optimizer
+
+
+def repair_ema():
+    """base_model.py:75-82 leaves the buffers of the averaged network at their initial values."""
+    from basicsr.models.base_model import BaseModel
+
+    from dckd_sr.ops.history import average_
+
+    def model_ema(self, decay=0.999):
+        average_(self.net_g_ema, self.get_bare_model(self.net_g), decay)
+
+    BaseModel.model_ema = model_ema
+
+
+def repair_logs():
+    """base_model.py:378 reads every loss on the host at every iteration; :149 prints the whole network."""
+    import torch
+    from basicsr.models.base_model import BaseModel
+    from basicsr.utils import get_root_logger
+    from basicsr.utils.dist_util import master_only
+
+    @torch.no_grad()
+    def reduce_loss_dict(self, loss_dict):
+        values = {name: torch.as_tensor(value).detach().mean() for name, value in loss_dict.items()}
+        if self.opt.get('dist'):
+            stacked = torch.stack([value.to(self.device).float() for value in values.values()])
+            torch.distributed.all_reduce(stacked)
+            values = dict(zip(values, stacked / torch.distributed.get_world_size()))
+        return values
+
+    def get_current_log(self):
+        return {name: float(value) for name, value in self.log_dict.items()}
+
+    @master_only
+    def print_network(self, net):
+        net = self.get_bare_model(net)
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        get_root_logger().info(f'Network: {type(net).__name__}, with parameters: {parameters:,d}')
+
+    BaseModel.reduce_loss_dict = reduce_loss_dict
+    BaseModel.get_current_log = get_current_log
+    BaseModel.print_network = print_network
+
+
+def repair_checkpoints():
+    """base_model.py:226-338 writes in place and carries on after a failure; :262-300 loads without naming what differs."""
+    from basicsr.models.base_model import BaseModel
+    from basicsr.utils.dist_util import master_only
+
+    from dckd_sr import checkpoint
+
+    def load_network(self, net, load_path, strict=True, param_key='params'):
+        checkpoint.load_network(self.get_bare_model(net), load_path, strict, param_key)
+
+    @master_only
+    def save_network(self, net, net_label, current_iter, param_key='params'):
+        nets = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        name = 'latest' if current_iter == -1 else current_iter
+        path = Path(self.opt['path']['models']) / f'{net_label}_{name}.pth'
+        checkpoint.save_network({key: self.get_bare_model(net_) for key, net_ in zip(keys, nets)}, path)
+
+    @master_only
+    def save_training_state(self, epoch, current_iter):
+        if current_iter != -1:
+            checkpoint.save_state(self, epoch, current_iter)
+
+    def resume_training(self, resume_state):
+        checkpoint.restore_state(self, resume_state)
+
+    BaseModel.load_network = load_network
+    BaseModel.save_network = save_network
+    BaseModel.save_training_state = save_training_state
+    BaseModel.resume_training = resume_training
+
+
+def repair_validation():
+    """sr_model.py:130-197: scores an image without ground truth against the previous one's, crashes on an empty set,
+    empties the CUDA cache per image, and hangs when a network with buffers is wrapped for several processes;
+    swinir_model.py:13-21 cannot pad images smaller than its pad.
+    """
+    import torch
+    from basicsr.models.sr_model import SRModel
+    from basicsr.models.swinir_model import SwinIRModel
+
+    from dckd_sr import evaluation
+    from dckd_sr.inference import infer
+
+    @torch.no_grad()
+    def test(self):
+        net = getattr(self, 'net_g_ema', None) or self.get_bare_model(self.net_g)
+        val = self.opt.get('val') or {}
+        window = val.get('window_size')
+        if window is None and isinstance(self, SwinIRModel):
+            window = self.opt['network_g']['window_size']
+        training = net.training
+        net.eval()
+        tiles = {key: val.get(key) for key in ('tile_size', 'tile_overlap')}
+        self.output = infer(net, self.lq, self.opt.get('scale', 1), window_size=window, **tiles)
+        net.train(training)
+
+    def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        evaluation.validate(self, dataloader, current_iter, tb_logger, save_img)
+
+    def dist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        if self.opt['rank'] == 0:
+            self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
+        torch.distributed.barrier()
+
+    SRModel.test = test
+    SwinIRModel.test = test
+    SRModel.nondist_validation = nondist_validation
+    SRModel.dist_validation = dist_validation

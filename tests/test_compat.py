@@ -1,0 +1,149 @@
+"""BasicSR imports on this stack, once, from any folder; its repaired methods behave."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dckd_sr  # noqa: F401
+from dckd_sr import compat
+from dckd_sr.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, folder):
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    return subprocess.run([sys.executable, '-c', code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_import_without_distutils_from_an_empty_folder(tmp_path):
+    """Python 3.12 has no distutils; everything registers exactly once and BasicSR's own names stay."""
+    code = (
+        'import sys; sys.modules["distutils"] = None\n'
+        'import dckd_sr, basicsr\n'
+        'from basicsr.utils.registry import ARCH_REGISTRY as A, LOSS_REGISTRY as L, MODEL_REGISTRY as M\n'
+        'assert all(n in A for n in ("VQGAN", "EDSR", "SwinIR", "RCAN"))\n'
+        'assert all(n in L for n in ("DynamicContrastiveLoss", "ContrasLoss", "DistributionMappingLoss", "CELoss", "L1Loss"))\n'
+        'assert all(n in M for n in ("DCKDModel", "VQGANModel", "SRModel"))\n'
+        'from basicsr.archs.arch_util import LooseVersion\n'
+        'assert LooseVersion("0.28.0+cpu") >= LooseVersion("0.9.0") and not LooseVersion("0.8.1") >= LooseVersion("0.9.0")\n'
+        'print("imported")'
+    )
+    result = python(code, tmp_path)
+    assert result.stdout.strip() == 'imported', result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('version', [None, '1.2.0'])
+def test_a_package_that_hides_basicsr_is_named(tmp_path, version):
+    other = tmp_path / 'basicsr'
+    (other / 'archs').mkdir(parents=True)
+    (other / '__init__.py').write_text('')
+    if version:
+        (other / 'version.py').write_text(f"__version__ = '{version}'\n")
+    result = python('import dckd_sr', tmp_path)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode != 0 and last.startswith('ImportError') and str(other) in last and (version or 'unknown') in last
+
+
+def test_registry_names_the_nearest():
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    assert ARCH_REGISTRY.get('EDSR').__name__ == 'EDSR'
+    with pytest.raises(KeyError, match=r"no arch named 'EDSRR' \(did you mean 'EDSR'\?\)"):
+        ARCH_REGISTRY.get('EDSRR')
+
+
+def test_version_comparison_of_the_distutils_stand_in():
+    version = compat._Version
+    assert version('0.28.0+cpu') >= version('0.9.0')
+    assert not version('0.8.0') >= version('0.9')
+
+
+def model():
+    from basicsr.models.base_model import BaseModel
+
+    return BaseModel({'num_gpu': 1, 'is_train': True, 'dist': False, 'path': {}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='shows what happens without CUDA')
+def test_num_gpu_1_without_cuda_runs_on_cpu():
+    assert model().device.type == 'cpu'
+
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD'])
+def test_any_optimiser_of_torch(name):
+    parameters = [nn.Parameter(torch.zeros(1))]
+    assert type(model().get_optimizer(name, parameters, 0.1)).__name__ == name
+
+
+def test_ema_averages_parameters_and_copies_buffers():
+    base = model()
+    base.net_g = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    base.net_g_ema = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
+    start = base.net_g_ema[0].weight.clone()
+    base.net_g(torch.randn(8, 2))
+    base.model_ema(0.9)
+    torch.testing.assert_close(base.net_g_ema[0].weight, 0.9 * start + 0.1 * base.net_g[0].weight)
+    assert torch.equal(base.net_g_ema[1].running_mean, base.net_g[1].running_mean)
+    assert base.net_g_ema[1].running_mean.abs().sum() > 0
+
+
+def test_logged_losses_stay_on_the_device_until_they_are_read():
+    base = model()
+    base.log_dict = base.reduce_loss_dict({'l_pix': torch.tensor(2.0, requires_grad=True)})
+    assert isinstance(base.log_dict['l_pix'], torch.Tensor) and not base.log_dict['l_pix'].requires_grad
+    assert base.get_current_log() == {'l_pix': 2.0}
+
+
+def test_validation_pads_and_survives_odd_cases(tmp_path):
+    """No ground truth in a batch, an empty set, an image smaller than the window's padding."""
+    from basicsr.models import build_model
+
+    swinir = {
+        'type': 'SwinIR',
+        'upscale': 2,
+        'img_size': 16,
+        'window_size': 8,
+        'depths': [2],
+        'embed_dim': 8,
+        'num_heads': [2],
+        'mlp_ratio': 2,
+        'upsampler': 'pixelshuffle',
+        'img_range': 1.0,
+    }
+    opt = {
+        'model_type': 'SwinIRModel',
+        'network_g': swinir,
+        'scale': 2,
+        'num_gpu': 0,
+        'is_train': False,
+        'dist': False,
+        'rank': 0,
+        'name': 'n',
+        'path': {'visualization': str(tmp_path)},
+        'val': {
+            'suffix': None,
+            'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0, 'test_y_channel': True}},
+        },
+    }
+    net = build_model(opt)
+
+    class Loader(list):
+        class dataset:
+            opt = {'name': 'set'}
+
+    with_gt = {'lq': torch.rand(1, 3, 5, 13), 'gt': torch.rand(1, 3, 10, 26), 'lq_path': ['a.png']}
+    without_gt = {'lq': torch.rand(1, 3, 5, 13), 'lq_path': ['b.png']}
+    net.nondist_validation(Loader([with_gt]), 1, None, False)
+    alone = net.metric_results['psnr']
+    net.nondist_validation(Loader([with_gt, without_gt]), 2, None, True)
+    assert net.metric_results['psnr'] == alone
+    assert sorted(p.name for p in (tmp_path / 'set').iterdir()) == ['a_n.png', 'b_n.png']
+    with pytest.raises(UserError, match='no images'):
+        net.nondist_validation(Loader([]), 3, None, False)
