@@ -1,0 +1,227 @@
+"""Finding and decoding image files; every message names the file."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from dckd_sr.errors import UserError
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+
+
+def image_names(folder: str) -> list[str]:
+    """Sorted names of the image files in ``folder``; hidden and other files (Thumbs.db) do not count.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f'folder not found: {folder}')
+    with os.scandir(folder) as entries:
+        names = sorted(
+            e.name
+            for e in entries
+            if not e.name.startswith('.') and e.name.lower().endswith(IMAGE_SUFFIXES) and e.is_file()
+        )
+    if not names:
+        raise UserError(f'no images in {folder} (looked for {", ".join(IMAGE_SUFFIXES)})')
+    return names
+
+
+def meta_info_names(meta_info_file: str, folder: str) -> list[str]:
+    """The image names listed in a BasicSR meta information file, lines such as ``0001_s001.png (480,480,3)``.
+
+    BasicSR's own lists (basicsr/data/meta_info) are missing from its PyPI package; for those the folder is listed.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not os.path.isfile(meta_info_file):
+        if 'basicsr/data/meta_info/' in meta_info_file.replace('\\', '/'):
+            warnings.warn(
+                f'{meta_info_file} is not part of the PyPI package of BasicSR: every image in {folder} is used',
+                stacklevel=2,
+            )
+            return image_names(folder)
+        raise UserError(f'meta_info_file not found: {meta_info_file}')
+    with open(meta_info_file, encoding='utf-8') as file:
+        names = [_name_of(line) for line in file if line.strip()]
+    if not names:
+        raise UserError(f'no image names in {meta_info_file}')
+    return names
+
+
+def lmdb_keys(folder: str) -> list[str]:
+    """Sorted keys of an LMDB made by BasicSR (the names in its meta_info.txt without their extension).
+
+    Raises:
+        UserError: the folder is not such an LMDB.
+    """
+    meta = os.path.join(folder, 'meta_info.txt')
+    if not folder.endswith('.lmdb') or not os.path.isfile(meta):
+        raise UserError(f'not an LMDB folder of BasicSR (NAME.lmdb with meta_info.txt): {folder}')
+    with open(meta, encoding='utf-8') as file:
+        keys = sorted(os.path.splitext(_name_of(line))[0] for line in file if line.strip())
+    if not keys:
+        raise UserError(f'no images in {folder}')
+    return keys
+
+
+def read_lmdb(folder: str, key: str) -> bytes:
+    """The value of a key.
+
+    Each folder is opened once per process, however many datasets read it: LMDB refuses to open it twice, in a forked
+    worker as well if the parent has it open; there the inherited handle is closed first.
+
+    Raises:
+        UserError: the LMDB cannot be opened, or lacks the key.
+    """
+    import lmdb
+
+    path, process = os.path.realpath(folder), os.getpid()
+    owner, environment = _environments.get(path, (None, None))
+    if owner != process:
+        if environment is not None:
+            environment.close()
+        try:
+            environment = lmdb.open(path, readonly=True, lock=False, readahead=False, create=False)
+        except lmdb.Error as error:
+            raise UserError(f'cannot open {folder}: {error}') from error
+        _environments[path] = process, environment
+    with environment.begin() as transaction:
+        value = transaction.get(key.encode('utf-8'))
+    if value is None:
+        raise UserError(f'{folder} has no key {key!r}')
+    return value
+
+
+_environments = {}  # folder -> (process id, lmdb.Environment)
+
+
+def _name_of(line):
+    """'a b.png (480,480,3) 1' -> 'a b.png'; without a shape, the first word counts, as in BasicSR."""
+    line = line.strip()
+    with_shape = re.match(r'(.+?)\s+\(\s*\d+\s*,.*\)', line)
+    return with_shape.group(1) if with_shape else line.split()[0]
+
+
+def find_partners(
+    gt_names: Sequence[str], lq_folder: str, template: str = '{}', any_suffix: bool = True
+) -> tuple[dict[str, str], list[str]]:
+    """Match ``template`` filled with each GT name's stem against the files of ``lq_folder``.
+
+    Args:
+        gt_names: names, possibly with sub-folders (then looked up in lq_folder itself, as BasicSR does).
+        any_suffix: another image suffix than the GT's is accepted, the GT's is preferred.
+
+    Returns:
+        {gt name: lq name}, and the LQ names nobody matched.
+
+    Raises:
+        UserError: GT images without a partner; the message has the first ones and, where it shows, the right template.
+    """
+    present = image_names(lq_folder)
+    by_name, by_stem = set(present), {}
+    for name in present:
+        by_stem.setdefault(os.path.splitext(name)[0], name)
+    pairs, missing = {}, []
+    for gt_name in gt_names:
+        stem, suffix = os.path.splitext(os.path.basename(gt_name))
+        wanted = template.format(stem)
+        if wanted + suffix in by_name:
+            pairs[gt_name] = wanted + suffix
+        elif any_suffix and wanted in by_stem:
+            pairs[gt_name] = by_stem[wanted]
+        else:
+            missing.append(wanted + suffix)
+    if missing:
+        more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+        raise UserError(
+            f'no LQ image for {len(missing)} of {len(gt_names)} GT images in {lq_folder}: '
+            f'{", ".join(missing[:3])}{more}{_other_template(gt_names, by_stem, template)}'
+        )
+    used = set(pairs.values())
+    return pairs, [name for name in present if name not in used]
+
+
+def _other_template(gt_names, lq_stems, template):
+    """Suggest the template that would match the first GT image, such as '{}x4'."""
+    stem = os.path.splitext(os.path.basename(gt_names[0]))[0]
+    # Sorted by length: for GT "img_1" both "img_1x4" and "img_10x4" contain the stem.
+    found = min((s for s in lq_stems if stem in s), key=len, default=None)
+    suggestion = found.replace(stem, '{}', 1) if found else template
+    return f" (filename_tmpl: '{suggestion}'?)" if suggestion != template else ''
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: it cannot be opened, or is empty.
+    """
+    try:
+        with open(path, 'rb') as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
+    if not content:
+        raise UserError(f'empty file: {path}')
+    return content
+
+
+def decode(content: bytes, name: str) -> np.ndarray:
+    """Decode an image file's bytes to (h, w, 3) BGR, uint8 or uint16.
+
+    Grayscale becomes three equal channels; alpha is dropped, with one warning per process.
+
+    Raises:
+        UserError: not an image, damaged, or of another value type; the message has ``name``.
+    """
+    # UNCHANGED keeps 16 bits and tells of alpha, but it ignores the camera's orientation that JPEG files carry.
+    is_jpeg = content[:2] == b'\xff\xd8'
+    if is_truncated(content):
+        raise UserError(f'truncated file: {name}')
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f'not an image, or damaged: {name}')
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UserError(f'{name} has {image.dtype} values; 8 or 16 bit images are needed')
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[2] in (2, 4):
+        _warn_alpha()
+        image = image[..., :-1]
+    if image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)
+    return np.ascontiguousarray(image)
+
+
+def is_truncated(content: bytes) -> bool:
+    """Whether a JPEG or PNG file lacks its end; OpenCV decodes such files, with gray where data are missing."""
+    ends = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
+    return content[:2] in ends and content.rfind(ends[content[:2]]) < 0
+
+
+@lru_cache(maxsize=1)
+def _warn_alpha():
+    warnings.warn('images with an alpha channel: it is dropped, the colours stay as they are', stacklevel=3)
+
+
+def check_image_file(path: str) -> str | None:
+    """What is wrong with an image file, in words, or None."""
+    try:
+        decode(read_bytes(path), path)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,124 @@
+"""How BasicSR's own image datasets find their files, repaired; one function per defect.
+
+Lines are those of basicsr/data/data_util.py unless another file is named.
+"""
+
+from __future__ import annotations
+
+import os
+
+import cv2
+from basicsr.data import (
+    data_util,
+    ffhq_dataset,
+    paired_image_dataset,
+    realesrgan_dataset,
+    realesrgan_paired_dataset,
+    single_image_dataset,
+)
+from basicsr.utils.file_client import LmdbBackend
+from basicsr.utils.img_util import imfrombytes as _imfrombytes
+
+from dckd_sr.data.files import find_partners, image_names, is_truncated, lmdb_keys, meta_info_names, read_lmdb
+from dckd_sr.errors import UserError
+
+_DATASETS = (ffhq_dataset, paired_image_dataset, realesrgan_dataset, realesrgan_paired_dataset, single_image_dataset)
+
+
+def apply():
+    """Put the repaired functions where BasicSR's datasets look them up."""
+    for function in (
+        paired_paths_from_folder,
+        paired_paths_from_meta_info_file,
+        paired_paths_from_lmdb,
+        paths_from_folder,
+        paths_from_lmdb,
+        imfrombytes,
+    ):
+        for module in (data_util, *_DATASETS):
+            if hasattr(module, function.__name__):
+                setattr(module, function.__name__, function)
+    single_image_dataset.scandir = scan_images
+    LmdbBackend.__init__, LmdbBackend.get = lmdb_init, lmdb_get
+
+
+def paired_paths_from_folder(folders, keys, filename_tmpl):
+    """:214-232 lists in the file system's order, counts every file and searches a list for each image."""
+    lq_folder, gt_folder = folders
+    gt_names = image_names(gt_folder)
+    pairs, unused = find_partners(gt_names, lq_folder, filename_tmpl, any_suffix=False)
+    if unused:
+        raise UserError(
+            f'{len(unused)} images in {lq_folder} have no partner in {gt_folder}: {", ".join(sorted(unused)[:3])}'
+        )
+    return [_pair(keys, os.path.join(lq_folder, pairs[name]), os.path.join(gt_folder, name)) for name in gt_names]
+
+
+def paired_paths_from_meta_info_file(folders, keys, meta_info_file, filename_tmpl):
+    """:187-199 cuts names at the first space and finds out about missing files in the middle of the training."""
+    lq_folder, gt_folder = folders
+    paths = []
+    for name in meta_info_names(meta_info_file, gt_folder):
+        stem, suffix = os.path.splitext(os.path.basename(name))
+        lq_path = os.path.join(lq_folder, filename_tmpl.format(stem) + suffix)
+        paths.append(_pair(keys, lq_path, os.path.join(gt_folder, name)))
+    missing = [path for pair in paths for path in pair.values() if not os.path.isfile(path)]
+    if missing:
+        raise UserError(f'{len(missing)} images listed in {meta_info_file} are missing: {", ".join(missing[:3])}')
+    return paths
+
+
+def paired_paths_from_lmdb(folders, keys):
+    """:142-144 cut the keys at the first dot."""
+    lq_folder, gt_folder = folders
+    lq_keys, gt_keys = lmdb_keys(lq_folder), lmdb_keys(gt_folder)
+    if lq_keys != gt_keys:
+        differing = sorted(set(lq_keys) ^ set(gt_keys))
+        raise UserError(f'{lq_folder} and {gt_folder} have different keys: {", ".join(differing[:3])}')
+    return [_pair(keys, key, key) for key in gt_keys]
+
+
+def paths_from_folder(folder):
+    """:245-246 list in the file system's order and count every file."""
+    return [os.path.join(folder, name) for name in image_names(folder)]
+
+
+def paths_from_lmdb(folder):
+    """:261 cuts the keys at the first dot."""
+    return lmdb_keys(folder)
+
+
+def scan_images(folder, suffix=None, recursive=False, full_path=False):
+    """single_image_dataset.py:45 counts every file; recursive and suffix are not used there."""
+    return [os.path.join(folder, name) if full_path else name for name in image_names(folder)]
+
+
+def imfrombytes(content, flag='color', float32=False):
+    """utils/img_util.py:129-131 fails on an unreadable image with a word about NoneType, and reads truncated ones."""
+    if is_truncated(content):
+        raise ValueError('truncated image file')
+    try:
+        return _imfrombytes(content, flag, float32)
+    except (AttributeError, TypeError, cv2.error):
+        raise ValueError('not an image, or damaged') from None
+
+
+def lmdb_init(self, db_paths, client_keys='default', **options):
+    """utils/file_client.py:112 opens a folder once per dataset, which LMDB refuses; `read_lmdb` opens it when needed.
+
+    The options (readonly, lock, readahead) are LMDB's; here it is only read.
+    """
+    self.db_paths = [str(path) for path in (db_paths if isinstance(db_paths, list) else [db_paths])]
+    client_keys = [client_keys] if isinstance(client_keys, str) else client_keys
+    if len(client_keys) != len(self.db_paths):
+        raise UserError(f'{len(self.db_paths)} LMDB folders for {len(client_keys)} keys')
+    self._client = dict(zip(client_keys, self.db_paths))
+
+
+def lmdb_get(self, filepath, client_key):
+    """:126 gives None for a key that is not there."""
+    return read_lmdb(self._client[client_key], str(filepath))
+
+
+def _pair(keys, lq_path, gt_path):
+    return {f'{keys[0]}_path': lq_path, f'{keys[1]}_path': gt_path}

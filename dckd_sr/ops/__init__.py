@@ -1,0 +1,1 @@
+"""Pure operations on tensors and arrays: no option dicts, no files."""

@@ -1,0 +1,52 @@
+import itertools
+
+import pytest
+
+from dckd_sr.data.sampler import TrainSampler
+
+
+def take(sampler, count):
+    return list(itertools.islice(sampler, count))
+
+
+def test_every_pass_is_another_permutation():
+    rows = take(TrainSampler(10, 4, 1, 0, seed=3), 30)
+    assert [position for position, _ in rows] == list(range(30))
+    passes = [[index for _, index in rows[k : k + 10]] for k in (0, 10, 20)]
+    assert all(sorted(turn) == list(range(10)) for turn in passes)
+    assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
+
+
+def test_the_order_is_fixed_for_ever():
+    """Written down: another shuffle would silently change every run of every user."""
+    assert [index for _, index in take(TrainSampler(8, 2, 1, 0, seed=10), 8)] == [0, 3, 5, 4, 6, 7, 1, 2]
+
+
+@pytest.mark.parametrize('length, batch, world', [(10, 2, 2), (7, 3, 4), (1, 4, 3)])
+def test_the_order_does_not_depend_on_the_world_size(length, batch, world):
+    """Rank r takes rows r * B .. r * B + B - 1 of every global batch, also across passes and for tiny datasets."""
+    single = take(TrainSampler(length, batch * world, 1, 0, seed=5), 6 * batch * world)
+    ranks = [take(TrainSampler(length, batch, world, rank, seed=5), 6 * batch) for rank in range(world)]
+    merged = [row for t in range(6) for rank in ranks for row in rank[t * batch : (t + 1) * batch]]
+    assert merged == single
+
+
+def test_continues_after_iterations_already_done():
+    whole = take(TrainSampler(7, 3, 2, 1, seed=5), 30)
+    assert take(TrainSampler(7, 3, 2, 1, seed=5, start_iteration=4), 18) == whole[12:]
+    far = TrainSampler(7, 3, 2, 1, seed=5, start_iteration=10**6)
+    assert take(far, 1)[0][0] == 10**6 * 6 + 3
+
+
+def test_seed_changes_the_order_and_the_ratio_only_the_epoch_length():
+    orders = [take(TrainSampler(50, 4, 1, 0, seed), 50) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert take(TrainSampler(50, 4, 1, 0, 0, enlarge_ratio=100), 50) == orders[0]
+    assert TrainSampler(50, 4, 2, 0, 0).iterations_per_epoch == 7
+    assert TrainSampler(50, 4, 2, 0, 0, enlarge_ratio=100).iterations_per_epoch == 625
+
+
+@pytest.mark.parametrize('changed', [{'length': 0}, {'batch_size': 0}, {'rank': 2}, {'enlarge_ratio': 0}])
+def test_senseless_numbers(changed):
+    with pytest.raises(ValueError, match='length'):
+        TrainSampler(**{'length': 5, 'batch_size': 2, 'world_size': 2, 'rank': 0, 'seed': 0, **changed})
