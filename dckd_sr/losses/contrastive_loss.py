@@ -1,0 +1,203 @@
+"""The dynamic contrastive loss of DCKD (AAAI 2025), Eq. 5.
+
+sum_i weight_i * |f_i^S - f_i^T| / sum_j |f_i^S - f_ij^Neg|, f_i being the levels of a frozen VQGAN encoder and |.| the
+mean over all elements of the batch. Reference: super-SSS/DCKD, `ContrasLoss`; guard and averaging over processes are
+ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import nn
+from torch.nn import functional as F
+
+from dckd_sr.encoder import build_loss_encoder
+from dckd_sr.errors import UserError
+
+_EPS = 1e-7  # added to the denominator, as released
+_LEAST = 1e-5  # denominators below this part of the features' mean magnitude are no distance but rounding
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """Average over processes. Its backward is the identity, because DistributedDataParallel averages the gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@LOSS_REGISTRY.register()
+class DynamicContrastiveLoss(nn.Module):
+    """Pulls the student's features towards the teacher's and away from those of the negatives (Eq. 5).
+
+    Args:
+        weights: one number per encoder level, from the finest.
+        loss_weight: factor of the result.
+        d_func: the distance; 'L1'.
+        guard: leave out a level whose denominator is below 1e-5 of the features' mean magnitude (its negatives equal
+            the student, and the ratio would explode), count it, and warn once; other levels are untouched.
+        reduce: with several processes, 'global' averages numerators and denominators over them before dividing, so that
+            the loss does not depend on how the batch is spread; 'rank' divides on each, as released.
+        reduction: 'mean'; the loss is a ratio of means.
+        encoder: for use on images (`forward`): type, arguments and ``pretrain`` of the VQGAN.
+
+    After each call ``stats`` holds detached 0-d tensors on the device: ``numerator_<i>`` and ``denominator_<i>`` of
+    each level, and ``guarded``, how many levels were left out. Nothing here waits for the device but `report`.
+
+    Raises:
+        UserError: an argument out of its choices, or an encoder with another number of levels than weights.
+    """
+
+    def __init__(
+        self,
+        weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
+        loss_weight=1.0,
+        d_func='L1',
+        guard=True,
+        reduce='global',
+        reduction='mean',
+        encoder=None,
+    ):
+        super().__init__()
+        for name, value, choices in (
+            ('d_func', d_func, ('L1',)),
+            ('reduce', reduce, ('global', 'rank')),
+            ('reduction', reduction, ('mean',)),
+        ):
+            if value not in choices:
+                raise UserError(f"{name} of the contrastive loss must be {' or '.join(choices)}, not '{value}'")
+        self.weights = tuple(weights)
+        self.loss_weight = loss_weight
+        self.guard = guard
+        self.reduce = reduce
+        self.stats = {}
+        self.encoder = None if encoder is None else build_loss_encoder(encoder)
+        self._left_out = None  # device-side count since the last report
+        self._warned = False
+        if self.encoder is not None:
+            self.check_levels(self.encoder.num_levels)
+
+    def check_levels(self, num_levels):
+        """Raise a UserError unless there is one weight for each of so many encoder levels."""
+        if num_levels != len(self.weights):
+            raise UserError(
+                f'weights of the contrastive loss has {len(self.weights)} entries, but the encoder has {num_levels} '
+                'levels (the length of its ch_mult): give one weight per level, from the finest'
+            )
+
+    def from_levels(self, anchor, positive, negatives):
+        """The loss of features.
+
+        Args:
+            anchor: list over levels of (B, C, h, w), the student's; gradients flow to it.
+            positive: the same of the teacher.
+            negatives: the same of (N*B, C, h, w); rows j*B to j*B + B - 1 are negative j of each image of the batch.
+
+        Returns:
+            0-d tensor, weighted.
+
+        Raises:
+            UserError: no negatives, or another number of levels than weights.
+        """
+        self.check_levels(len(anchor))
+        if len(negatives[0]) == 0:
+            raise UserError('the contrastive loss needs negatives: num_neg must be 1 or more, or neg_clean true')
+        return self._ratios(anchor, positive, negatives, _distance_to_all)
+
+    def forward(self, pred, target):
+        """The loss of images, as an ordinary BasicSR loss.
+
+        The negatives of an image are the other targets of the batch; in a batch of one it is the target itself, shifted
+        cyclically by half its height and width.
+
+        Args:
+            pred: (B, C, H, W) in [0, 1]; gradients flow to it.
+            target: the same, the positives.
+
+        Returns:
+            0-d tensor, weighted.
+
+        Raises:
+            UserError: the loss was built without ``encoder``.
+        """
+        if self.encoder is None:
+            raise UserError(
+                f'{type(self).__name__} compares images through a VQGAN: give it an encoder block '
+                '(type, its arguments, pretrain: FILE), or use it as cl_opt of a DCKDModel'
+            )
+        alone = len(target) == 1
+        with torch.no_grad():
+            height, width = target.shape[2:]
+            shifted = [target.roll((height // 2, width // 2), (2, 3))] if alone else []
+            others = self.encoder(torch.cat([target, *shifted]), codes=False).levels
+        anchor = self.encoder(pred, codes=False).levels
+        if alone:
+            return self.from_levels(anchor, [level[:1] for level in others], [level[1:] for level in others])
+        return self._ratios(anchor, others, others, _distance_to_rolled)
+
+    def report(self):
+        """Fetch ``stats`` as floats, which waits for the device: call it when logging.
+
+        Warns, once per run, if a level was left out since the last report.
+        """
+        left_out = 0 if self._left_out is None else int(self._left_out)
+        self._left_out = None
+        if left_out and not self._warned:
+            self._warned = True
+            get_root_logger().warning(
+                f'Contrastive loss: a level was left out {left_out} time(s), because the negatives equal the student '
+                'there (history network equal to the student, no degradation). guard: false keeps such levels.'
+            )
+        return {name: float(value) for name, value in self.stats.items()}
+
+    def _ratios(self, anchor, positive, negatives, distance_to_negatives):
+        sums = []
+        for a, p, n in zip(anchor, positive, negatives):
+            dtype = torch.promote_types(a.dtype, torch.float32)  # half precision has too few digits for the ratio
+            a, p, n = a.to(dtype), p.to(dtype), n.to(dtype)
+            sums += [F.l1_loss(a, p), distance_to_negatives(a, n), a.detach().abs().mean()]
+        sums = torch.stack(sums)
+        if self.reduce == 'global' and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            sums = _MeanOverRanks.apply(sums)
+        numerators, denominators, magnitudes = sums.view(-1, 3).unbind(1)
+        # A NaN compares false and stays in the sum, where it is seen.
+        left_out = denominators.detach() < (_LEAST if self.guard else 0) * magnitudes
+        # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
+        ratios = numerators / (denominators.masked_fill(left_out, 1) + _EPS)
+        ratios = ratios.masked_fill(left_out, 0)
+        self._log(numerators.detach(), denominators.detach(), left_out.sum())
+        return self.loss_weight * sum(weight * ratio for weight, ratio in zip(self.weights, ratios.unbind()))
+
+    def _log(self, numerators, denominators, left_out):
+        self.stats = {f'numerator_{i}': value for i, value in enumerate(numerators.unbind())}
+        self.stats.update({f'denominator_{i}': value for i, value in enumerate(denominators.unbind())})
+        self.stats['guarded'] = left_out
+        self._left_out = left_out if self._left_out is None else self._left_out + left_out
+
+
+def _distance_to_all(anchor, negatives):
+    """Sum over negatives of the mean distance. One at a time: the anchor is never repeated."""
+    return sum(F.l1_loss(anchor, negative) for negative in negatives.split(len(anchor)))
+
+
+def _distance_to_rolled(anchor, target):
+    """Sum over the other images of the batch of the mean distance: target rolled by 1 to B - 1, as views of it."""
+    total = 0
+    for shift in range(1, len(anchor)):
+        total = total + F.l1_loss(anchor[shift:], target[:-shift], reduction='sum')
+        total = total + F.l1_loss(anchor[:shift], target[-shift:], reduction='sum')
+    return total / anchor.numel()
+
+
+@LOSS_REGISTRY.register()
+class ContrasLoss(DynamicContrastiveLoss):
+    """`DynamicContrastiveLoss` under its released name."""
