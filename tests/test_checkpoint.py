@@ -1,0 +1,214 @@
+"""Weights from every layout that circulates, named differences, atomic writes, and states that come back."""
+
+import copy
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from basicsr.models import build_model
+from safetensors.torch import save_file
+from torch import nn
+
+import dckd_sr  # noqa: F401
+from dckd_sr import checkpoint
+from dckd_sr.errors import UserError
+from models.test_dckd_model import flat, options, step
+
+WEIGHTS = {'weight': torch.arange(6.0).reshape(2, 3), 'bias': torch.zeros(2)}
+EMA = {'weight': torch.ones(2, 3), 'bias': torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    'content, key, used, expected',
+    [
+        ({'params': WEIGHTS, 'params_ema': EMA}, 'params_ema', 'params_ema', EMA),
+        ({'params': WEIGHTS, 'params_ema': EMA}, 'params', 'params', WEIGHTS),
+        ({'params': WEIGHTS, 'params_ema': EMA}, None, 'params_ema', EMA),
+        ({'params': WEIGHTS}, 'params_ema', 'params', WEIGHTS),
+        (WEIGHTS, None, 'bare weights', WEIGHTS),
+        (WEIGHTS, 'params', 'bare weights', WEIGHTS),
+        ({'state_dict': WEIGHTS, 'epoch': 3}, None, 'state_dict', WEIGHTS),
+        ({'params': {f'module.{k}': v for k, v in WEIGHTS.items()}}, None, 'params', WEIGHTS),
+    ],
+)
+def test_layouts(tmp_path, content, key, used, expected):
+    torch.save(content, tmp_path / 'w.pth')
+    weights, found = checkpoint.read_weights(tmp_path / 'w.pth', key)
+    assert found == used and list(weights) == list(expected)
+    assert all(torch.equal(weights[k], expected[k]) for k in expected)
+
+
+def test_safetensors(tmp_path):
+    save_file(WEIGHTS, tmp_path / 'w.safetensors')
+    weights, used = checkpoint.read_weights(tmp_path / 'w.safetensors')
+    assert used == 'bare weights' and torch.equal(weights['weight'], WEIGHTS['weight'])
+
+
+def broken(kind, path):
+    torch.save({'params': WEIGHTS}, path)
+    if kind == 'missing':
+        path.unlink()
+    elif kind == 'folder':
+        path.unlink()
+        path.mkdir()
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'truncated':
+        path.write_bytes(path.read_bytes()[:700])
+    elif kind == 'text':
+        path.write_text('not weights')
+    elif kind == 'other key':
+        torch.save({'generator': WEIGHTS, 'iter': 3}, path)
+    elif kind == 'a list':
+        torch.save([1, 2], path)
+    elif kind == 'no tensors':
+        torch.save({'params': {'a': 3}}, path)
+
+
+@pytest.mark.parametrize(
+    'kind, expected',
+    [
+        ('missing', 'not there'),
+        ('folder', 'folder'),
+        ('empty', 'cannot be read'),
+        ('truncated', 'cannot be read'),
+        ('text', ''),
+        ('other key', "no entry 'params'; available: generator"),
+        ('a list', 'list'),
+        ('no tensors', 'not tensors: a'),
+    ],
+)
+def test_files_that_are_no_weights_are_named(tmp_path, kind, expected):
+    path = tmp_path / 'w.pth'
+    broken(kind, path)
+    with pytest.raises(UserError) as error:
+        checkpoint.read_weights(path, 'params')
+    assert str(path) in str(error.value) and expected in str(error.value)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_code_in_a_file_never_runs(tmp_path):
+    with open(tmp_path / 'w.pth', 'wb') as file:
+        pickle.dump({'params': {'weight': Dangerous()}}, file)
+    torch.save({'params': {'weight': Dangerous()}}, tmp_path / 'zip.pth')
+    for name in ('w.pth', 'zip.pth'):
+        with pytest.raises(UserError):
+            checkpoint.read_weights(tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_differences_are_named(tmp_path):
+    net = nn.Linear(3, 2)
+    torch.save({'params': {'weight': torch.zeros(4, 3), 'scale': torch.zeros(1)}}, tmp_path / 'w.pth')
+    with pytest.raises(UserError) as error:
+        checkpoint.load_network(net, tmp_path / 'w.pth')
+    for part in ('missing in the file: bias', 'unknown to the network: scale', 'weight (file (4, 3), network (2, 3))'):
+        assert part in str(error.value)
+    torch.save({'params': {'weight': torch.zeros(4, 3), 'bias': torch.ones(2)}}, tmp_path / 'w.pth')
+    checkpoint.load_network(net, tmp_path / 'w.pth', strict=False)
+    assert torch.equal(net.bias, torch.ones(2))
+
+
+def test_swinir_of_another_training_patch_loads(tmp_path):
+    from basicsr.archs.swinir_arch import SwinIR
+
+    settings = dict(window_size=8, depths=[2], embed_dim=8, num_heads=[2], upscale=2, upsampler='pixelshuffle')
+    saved, net = SwinIR(img_size=32, **settings), SwinIR(img_size=16, **settings)
+    torch.save({'params': saved.state_dict()}, tmp_path / 'w.pth')
+    checkpoint.load_network(net, tmp_path / 'w.pth')
+    lq = torch.rand(1, 3, 24, 24)
+    torch.testing.assert_close(net(lq), saved(lq))
+
+
+def test_a_failed_write_keeps_the_former_file(tmp_path, monkeypatch):
+    path = tmp_path / 'w.pth'
+    checkpoint.write({'params': WEIGHTS}, path)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='No space left'):
+        checkpoint.write({'params': EMA}, path)
+    assert torch.equal(checkpoint.read_weights(path)[0]['weight'], WEIGHTS['weight'])
+    assert [p.name for p in tmp_path.iterdir()] == ['w.pth']
+
+
+def run_options(folder):
+    opt = options(gaussian_noise_prob=1, lcr_opt={'type': 'L1Loss'})
+    opt.update(auto_resume=True, network_vqgan={**opt['network_vqgan'], 'allow_random': True})
+    opt['path'] = {'models': str(folder / 'models'), 'training_states': str(folder / 'training_states')}
+    return opt
+
+
+def encoder_of(source, target):
+    target.net_vqgan.load_state_dict(source.net_vqgan.state_dict())
+    target.net_t.load_state_dict(source.net_t.state_dict())
+
+
+def test_a_state_brings_everything_back(tmp_path):
+    opt = run_options(tmp_path)
+    run = build_model(opt)
+    for iteration in (1, 2, 3):
+        step(run, iteration)
+    run.best_metric_results = {'Set5': {'psnr': {'better': 'higher', 'val': np.float64(30.5), 'iter': 2}}}
+    run.save(0, 3)
+    losses = step(run, 4)
+
+    state, path = checkpoint.find_state(opt)
+    assert path.name == '3.state' and state['iter'] == 3
+    resumed = build_model(opt)
+    encoder_of(run, resumed)
+    checkpoint.resume(resumed, opt, state, path)
+    assert resumed.best_metric_results['Set5']['psnr']['val'] == 30.5
+    assert step(resumed, 4) == losses
+    for name in ('net_g', 'net_g_ema', 'net_his'):
+        assert np.array_equal(flat(getattr(run, name)), flat(getattr(resumed, name))), name
+
+
+def test_basicsr_reads_our_files_and_we_read_its_states(tmp_path):
+    opt = run_options(tmp_path)
+    run = build_model(opt)
+    step(run, 1)
+    run.save(0, 1)
+    plain = torch.load(tmp_path / 'models' / 'net_g_1.pth', weights_only=True)
+    assert sorted(plain) == ['params', 'params_ema'] and list(plain['params']) == list(run.net_g.state_dict())
+    state = torch.load(tmp_path / 'training_states' / '1.state', weights_only=True)
+    del state['dckd_sr']
+    torch.save(state, tmp_path / 'training_states' / '1.state')
+    resumed = build_model(opt)
+    found, path = checkpoint.find_state(opt)
+    checkpoint.resume(resumed, opt, found, path)
+    assert np.array_equal(flat(resumed.net_his), flat(run.net_g_ema))  # no history in the file: a copy of the EMA
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'no network file', 'foreign'])
+def test_auto_resume_passes_over_what_it_cannot_read(tmp_path, damage):
+    opt = run_options(tmp_path)
+    run = build_model(opt)
+    for iteration in (1, 2):
+        run.save(0, iteration)
+    newest = tmp_path / 'training_states' / '2.state'
+    if damage == 'truncated':
+        newest.write_bytes(newest.read_bytes()[:1000])
+    elif damage == 'foreign':
+        newest.write_text('hello')
+    else:
+        (tmp_path / 'models' / 'net_g_2.pth').unlink()
+    (tmp_path / 'training_states' / 'notes.state').write_text('not a number')
+    assert checkpoint.find_state(opt)[1].name == '1.state'
+
+
+def test_no_state_and_a_named_one_that_is_missing(tmp_path):
+    opt = copy.deepcopy(run_options(tmp_path))
+    assert checkpoint.find_state(opt) == (None, None)
+    opt['auto_resume'] = False
+    opt['path']['resume_state'] = str(tmp_path / '5.state')
+    with pytest.raises(UserError, match='5.state'):
+        checkpoint.find_state(opt)
