@@ -1,0 +1,626 @@
+"""The checks of option files: sections, blocks with a ``type``, files, and what blocks need from each other.
+
+Each check takes a `Report` and adds to it; none raises, so that all mistakes of a file are told at once.
+"""
+
+import copy
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from basicsr.archs.vgg_arch import NAMES as VGG_LAYERS
+from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH, insert_bn
+from basicsr.models import lr_scheduler
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
+from pydantic import ValidationError, create_model
+from torchvision.models import vgg
+
+from dckd_sr import option_keys as keys
+from dckd_sr.archs import vqgan_arch
+from dckd_sr.errors import nearest
+
+
+@dataclass
+class Report:
+    """Problems and warnings found so far.
+
+    Attributes:
+        strict: an unknown key is a problem, otherwise a warning.
+        homes: (section, its keys) for each section, to say where a misplaced key belongs.
+    """
+
+    strict: bool = True
+    homes: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+
+    def error(self, path, text, *value):
+        self.problems.append(f'{_shown(path, *value)}: {text}')
+
+    def warn(self, path, text, *value):
+        self.warnings.append(f'{_shown(path, *value)}: {text}')
+
+    def missing(self, path, text):
+        """A missing key, unless its value was wrong."""
+        if not self.reported(path):
+            self.error(path, f'missing; {text}')
+
+    def reported(self, path):
+        """Whether there is a problem with a key, with something in it, or with a block around it."""
+        names = path.split('.')
+        around = ['.'.join(names[: i + 1]) for i in range(len(names))]
+        starts = (*(f'{name} = ' for name in around), *(f'{name}: ' for name in around), f'{path}.')
+        return any(problem.startswith(starts) for problem in self.problems)
+
+    def unknown(self, path, value, valid, what='key'):
+        """An unknown key, with the name that it has here, the section that it belongs in, or the nearest valid name."""
+        key, near = path.rpartition('.')[2], nearest(path.rpartition('.')[2], valid)
+        home = next(
+            (f"'{section}'" if section else 'the top level' for section, known in self.homes if key in known), None
+        )
+        if key in keys.OTHER_NAMES:
+            hint = f'; here it is {keys.OTHER_NAMES[key]}'
+        elif home and not (near and what != 'key'):
+            hint = f'; it belongs in {home}'
+        else:
+            hint = near or f'; known: {", ".join(map(str, valid)) or "none"}'
+        (self.error if self.strict else self.warn)(path, f'unknown {what}{hint}', value)
+
+
+def _shown(path, *value):
+    if not value:
+        return path
+    if value[0] is None or isinstance(value[0], str):
+        return f'{path} = {"~" if value[0] is None else value[0]}'
+    text = json.dumps(value[0], default=str)
+    return f'{path} = {text if len(text) <= 80 else text[:77] + "..."}'
+
+
+def meant(name, known):
+    """The known name that is closest to a name, or None."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1)), None)
+
+
+def one_of(known):
+    """'one of a, b', for messages."""
+    return f'one of {", ".join(known)}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def validate(model, data, report, where=''):
+    """Check data against a section, and fill in its defaults.
+
+    Wrong values are reported and left out, so that later checks see clean types.
+
+    Returns:
+        dict: plain values; the given keys first, in their order; unknown keys stay.
+    """
+    data, unknown = copy.deepcopy(data), []
+    while True:
+        try:
+            result = _plain(model.model_validate(data), data)
+            break
+        except ValidationError as error:
+            for problem in error.errors(include_url=False):
+                path = '.'.join([where] * bool(where) + [str(key) for key in problem['loc']])
+                block, section, key = _locate(data, model, problem['loc'])
+                if problem['type'] == 'extra_forbidden':
+                    report.unknown(path, problem['input'], section.model_fields)
+                    unknown.append((problem['loc'], problem['input']))
+                else:
+                    report.error(path, _expected(problem), problem['input'])
+                block.pop(key, None)
+    for loc, value in unknown:
+        block = result
+        for key in loc[:-1]:
+            block = block[key]
+        block[loc[-1]] = value
+    return result
+
+
+def _locate(data, model, loc):
+    """The innermost dict that an error's location reaches, its section, and the key in it."""
+    for key, following in zip(loc, loc[1:]):
+        if not isinstance(data.get(key), dict) or following not in data[key]:
+            return data, model, key
+        data, kind = data[key], model.model_fields[key].annotation
+        candidates = [kind, *getattr(kind, '__args__', ())]
+        model = next((c for c in candidates if inspect.isclass(c) and issubclass(c, keys.Section)), model)
+    return data, model, loc[-1]
+
+
+def _expected(problem):
+    if problem['type'] in ('model_type', 'dict_type', 'model_attributes_type'):
+        return 'expected a block of keys'
+    if problem['type'] == 'string_type':
+        return 'expected text; write it in quotes'
+    return re.sub(r'^Value error, ', '', problem['msg']).replace('Input should be', 'expected')
+
+
+def _plain(section, given):
+    """The given keys in their order, then the defaults that are not empty, as plain values."""
+    result = {}
+    for key in [*given, *type(section).model_fields]:
+        value = getattr(section, key, given.get(key))
+        if isinstance(value, keys.Section):
+            value = _plain(value, given.get(key) or {})
+        if value is not None or key in given:
+            result.setdefault(key, copy.deepcopy(value))
+    return result
+
+
+@functools.lru_cache(maxsize=None)
+def file_model(spec, is_train):
+    """The pydantic model of whole files of a model type, without `datasets`, and the keys of each section of it."""
+    paths = {'resume_state': (Optional[keys.PathName], None)}
+    for name in spec.networks:
+        paths[f'pretrain_network_{name}'] = (Optional[keys.PathName], None)
+        paths[f'strict_load_{name}'] = (Optional[bool], None)
+        paths[f'param_key_{name}'] = (Optional[str], None)
+    path_model = create_model('Path', __base__=keys.Section, **paths)
+    fields = {f'network_{name}': (Optional[keys.Block], None) for name in spec.networks}
+    if 'vqgan' in spec.networks:
+        fields['network_his'] = (Any, None)  # a flag, as released: any true value
+    fields['path'] = (path_model, path_model())
+    if is_train:
+        fields['train'] = (spec.train, spec.train())
+    model = create_model('Options', __base__=keys.Top, **fields)
+    homes = [('', [*model.model_fields, 'datasets', 'train']), ('path', paths), ('train', spec.train.model_fields)]
+    homes += [('val', keys.Val.model_fields), ('logger', keys.Logger.model_fields)]
+    homes.append(('datasets.train', {key for kind in keys.DATASETS.values() for key in kind.model_fields} - {'type'}))
+    return model, homes
+
+
+@functools.lru_cache(maxsize=None)
+def dataset_model(kind, in_training):
+    """The pydantic model of a dataset block."""
+    model = keys.DATASETS.get(kind, keys.OtherDataset)
+    return create_model(kind, __base__=(keys.TrainLoader, model)) if in_training else model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks with a type
+
+
+def known_types(registry):
+    """Name -> class of a BasicSR registry, without the suffix that BasicSR gives to some of its own names."""
+    return {bare(name): cls for name, cls in registry}
+
+
+def bare(name):
+    """A type's name without that suffix."""
+    return name[: -len('_basicsr')] if str(name).endswith('_basicsr') else str(name)
+
+
+def optimizers():
+    """Name -> class of the optimisers of torch.optim that a training step can use."""
+    classes = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls)}
+    fit = set(classes) - set(keys.UNFIT_OPTIMIZERS)
+    return {name: classes[name] for name in sorted(fit) if issubclass(classes[name], torch.optim.Optimizer)}
+
+
+def schedulers():
+    """Name -> class of the learning rate schedules."""
+    return {
+        'MultiStepLR': lr_scheduler.MultiStepRestartLR,
+        'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
+        'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR,
+    }
+
+
+def parameters(cls):
+    """Name -> inspect.Parameter of a constructor or function, and whether it takes other names as well.
+
+    BasicSR's own ``**kwargs`` swallow misspelt names: they do not count.
+    """
+    found = inspect.signature(cls).parameters
+    named = {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return named, not _is_known(cls) and any(p.kind == p.VAR_KEYWORD for p in found.values())
+
+
+def _is_known(cls):
+    return cls.__module__.split('.')[0] in ('basicsr', 'dckd_sr')
+
+
+def argument(cls, block, names):
+    """The first of the names that a constructor takes, with its value in a block or else its default."""
+    named = parameters(cls)[0]
+    for name in names:
+        if name in named and (name in block or named[name].default is not inspect.Parameter.empty):
+            return name, block.get(name, named[name].default)
+    return None, None
+
+
+def check_block(report, where, block, types, what, filled=(), also=(), values=None):
+    """Check a block with a ``type``.
+
+    Args:
+        types: name -> class or function that the type may be.
+        what: what the types are, for messages.
+        filled: arguments that the program gives.
+        also: keys that a reader takes out before the call.
+        values: argument name -> valid values, for BasicSR's classes and ours.
+
+    Returns:
+        the class, or None where there is none.
+    """
+    if not isinstance(block, dict):
+        report.error(where, f'expected a block of keys with the type of {what}', block)
+        return None
+    if block.get('type') is None:
+        report.error(f'{where}.type', f'missing; {one_of(types)}')
+        return None
+    name = bare(block['type'])
+    if name not in types:
+        report.error(f'{where}.type', f'no such {what}{nearest(name, types) or "; " + one_of(types)}', block['type'])
+        return None
+    cls = types[name]
+    arguments = {key: value for key, value in block.items() if key != 'type'}
+    check_arguments(report, where, arguments, cls, name, filled, also, values if _is_known(cls) else None)
+    return cls
+
+
+def check_arguments(report, where, block, function, name, filled=(), also=(), values=None):
+    """Check keys against a signature: unknown, missing, or plainly of another type."""
+    named, open_ended = parameters(function)
+    named = {key: parameter for key, parameter in named.items() if key not in filled}
+    for key, value in block.items():
+        if key in named:
+            problem = _argument_problem(named[key], value, (values or {}).get(key))
+            if problem:
+                report.error(f'{where}.{key}', problem, value)
+        elif key not in also and not open_ended:
+            report.unknown(f'{where}.{key}', value, [*named, *also], f'argument of {name}')
+    for key, parameter in named.items():
+        if parameter.default is parameter.empty and key not in block:
+            report.error(f'{where}.{key}', f'missing; {name} needs it')
+
+
+def _argument_problem(parameter, value, values):
+    """What is wrong with a value, as far as its name and default tell."""
+    default = parameter.default
+    if values is not None and value not in values:
+        return f'expected {" or ".join(v if isinstance(v, str) else json.dumps(v) for v in values)}'
+    if isinstance(default, bool):
+        return None if value in (True, False) else 'expected true or false'
+    counts = default is parameter.empty and re.match(
+        r'(num|n|in|out)_|(upscale|scale|resolution|embed_dim|ch|lr)$', parameter.name
+    )
+    if counts or isinstance(default, (int, float)):
+        fine = _numbers([value]) or (parameter.name.endswith('_size') and _numbers(value))
+        return None if fine else 'expected a number'
+    if isinstance(default, (tuple, list)):
+        return None if isinstance(value, list) else 'expected a list'
+    return 'expected text' if isinstance(default, str) and not isinstance(value, str) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What belongs together
+
+
+def check_file(report, where, path, folder=False):
+    """Report a path that is not there or of the wrong kind; returns whether it is fine."""
+    if os.path.isdir(path) if folder else os.path.isfile(path):
+        return True
+    if os.path.exists(path):
+        text = 'a file, not a folder' if folder else 'a folder, not a file'
+    else:
+        table = keys.DATA_SOURCES if folder else keys.WEIGHT_SOURCES
+        source = next((f'; from {text}' for names, text in table.items() if re.search(names, path)), '')
+        source = '; written by a training' if re.search(r'experiments.+models[\\/]net_', path) else source
+        text = f'no such {"folder" if folder else "file"}{source}'
+    report.error(where, text, path)
+    return False
+
+
+def check_network(report, opt, name):
+    """Check a network block, and that it has the file's scale; returns its class or None."""
+    where, block = f'network_{name}', opt[f'network_{name}']
+    also = ('allow_random',) if name in ('t', 'vqgan') else ()
+    cls = check_arch(report, where, block, also)
+    if cls is None or name not in ('g', 't'):
+        return cls
+    if opt['model_type'] == 'VQGANModel' and (cls is not vqgan_arch.VQGAN or not block.get('decoder')):
+        report.error(where, 'expected a VQGAN with decoder: true')
+    key, value = argument(cls, block, keys.SCALE_KEYS)
+    # SwinIR without an upsampler keeps the size, whatever upscale says.
+    sizes = cls.__name__ != 'SwinIR' or argument(cls, block, ('upsampler',))[1]
+    if key and sizes and value != opt['scale'] and not report.reported('scale'):
+        default = '' if key in block else f' (the default of {block["type"]})'
+        report.error(f'{where}.{key}', f'differs from scale = {opt["scale"]}{default}', value)
+    return cls
+
+
+def check_arch(report, where, block, also=()):
+    """Check a network block, with the nested ddconfig of a VQGAN; returns its class or None."""
+    cls = check_block(report, where, block, known_types(ARCH_REGISTRY), 'arch', also=also, values=keys.ARCH_VALUES)
+    if cls is vqgan_arch.VQGAN and 'ddconfig' in block:
+        where = f'{where}.ddconfig'
+        if not isinstance(block['ddconfig'], dict):
+            report.error(where, 'expected a block of keys', block['ddconfig'])
+        else:
+            check_arguments(report, where, block['ddconfig'], vqgan_arch._check_ddconfig, 'VQGAN')
+    return cls
+
+
+def check_channels(report, opt, student, teacher):
+    """Student and teacher read and write images with the same channels."""
+    for what, names in keys.CHANNEL_KEYS.items():
+        ours, theirs = argument(student, opt['network_g'], names), argument(teacher, opt['network_t'], names)
+        if _numbers([ours[1], theirs[1]]) and ours[1] != theirs[1]:
+            report.error(f'network_t.{theirs[0]}', f'network_g.{ours[0]} = {ours[1]}: another {what}', theirs[1])
+
+
+def check_loss(report, where, block):
+    """Check a loss block; cl_opt and ce_opt get the features of network_vqgan, others bring their encoder."""
+    method, types = keys.FEATURE_LOSSES.get(where), known_types(LOSS_REGISTRY)
+    if method:
+        types = {name: loss for name, loss in types.items() if hasattr(loss, method)}
+    cls = check_block(report, where, block, types, f'loss for {where}' if method else 'loss', values=keys.LOSS_VALUES)
+    if cls is None:
+        return
+    encoder = block.get('encoder')
+    if method and encoder is not None:
+        report.error(f'{where}.encoder', 'not used here; network_vqgan is the encoder')
+    elif encoder is not None:
+        check_encoder(report, f'{where}.encoder', encoder)
+    elif not method and _is_known(cls) and 'encoder' in parameters(cls)[0]:
+        report.error(f'{where}.encoder', f'missing; {block["type"]} compares features: a block with type and pretrain')
+    if block['type'] == 'PerceptualLoss':
+        check_vgg(report, where, block)
+
+
+def check_encoder(report, where, block):
+    """Check the encoder block of a loss that is used by its name."""
+    if check_arch(report, where, block, ('pretrain', 'param_key', 'allow_random')) is None:
+        return
+    if block.get('pretrain') is not None:
+        block['pretrain'] = keys.expand(str(block['pretrain']))
+        check_file(report, f'{where}.pretrain', block['pretrain'])
+    elif not block.get('allow_random'):
+        report.error(f'{where}.pretrain', f'missing; an encoder needs trained weights: {keys.ENCODER_ADVICE}')
+
+
+def check_vgg(report, where, block):
+    """VGG's weights: BasicSR looks in the current folder, else it downloads, in the middle of building the model."""
+    vgg_type = str(block.get('vgg_type', 'vgg19'))
+    if vgg_type.replace('_bn', '') not in VGG_LAYERS:
+        report.error(f'{where}.vgg_type', f'expected {one_of(VGG_LAYERS)}', vgg_type)
+        return
+    layers = VGG_LAYERS[vgg_type.replace('_bn', '')]
+    layers = insert_bn(layers) if vgg_type.endswith('_bn') else layers
+    if not isinstance(block.get('layer_weights', {}), dict):
+        report.error(f'{where}.layer_weights', 'expected a block of layer: weight', block['layer_weights'])
+        return
+    for layer in block.get('layer_weights', {}):
+        if layer not in layers:
+            report.error(f'{where}.layer_weights.{layer}', f'no such layer of {vgg_type}{nearest(layer, layers)}')
+    url = getattr(vgg, f'{vgg_type.upper()}_Weights').IMAGENET1K_V1.url
+    places = [VGG_PRETRAIN_PATH] if vgg_type == 'vgg19' else []
+    places.append(os.path.join(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2]))
+    if not any(os.path.isfile(place) for place in places):
+        report.error(where, f'no weights of {vgg_type} at {" or ".join(places)}; download them from {url}')
+
+
+def check_train(report, opt, spec):
+    """Check the section `train` block by block."""
+    train = opt['train']
+    for key, text in (('total_iter', 'the number of iterations'), ('optim_g', 'the optimiser')):
+        if train.get(key) is None:
+            report.missing(f'train.{key}', text)
+    for key in ('optim_g', 'optim_d'):
+        if train.get(key) is not None:
+            where = f'train.{key}'
+            check_block(report, where, train[key], optimizers(), 'optimiser of torch.optim', filled=('params',))
+            if 'lr' not in train[key]:
+                report.error(f'{where}.lr', 'missing; the learning rate')
+    check_schedule(report, train)
+    for key, block in train.items():
+        if key.endswith('_opt') and block is not None:
+            check_loss(report, f'train.{key}', block)
+    if spec.losses and not any(train.get(key) or report.reported(f'train.{key}') for key in spec.losses):
+        report.error('train', f'no loss; expected {one_of(spec.losses)}')
+
+
+def check_schedule(report, train):
+    """Lists of a schedule belong together, and its periods reach the end."""
+    where, block = 'train.scheduler', train['scheduler']
+    if check_block(report, where, block, schedulers(), 'schedule', filled=('optimizer', 'last_epoch')) is None:
+        return
+    lists = {key: block[key] for key in ('milestones', 'periods', 'restarts', 'restart_weights') if key in block}
+    for key, value in lists.items():
+        if not _numbers(value):
+            report.error(f'{where}.{key}', 'expected a list of numbers', value)
+            return
+    partner = 'periods' if 'periods' in block else 'restarts'
+    if len(lists.get(partner, [0])) != len(lists.get('restart_weights', [1])):
+        report.error(
+            f'{where}.restart_weights', f'expected as many values as {partner} has', block.get('restart_weights')
+        )
+    if 'periods' in lists and sum(lists['periods']) < (train.get('total_iter') or 0):
+        report.error(f'{where}.periods', f'they end before total_iter = {train["total_iter"]}', block['periods'])
+
+
+def _numbers(value):
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
+    )
+
+
+def check_distillation(report, opt, given):
+    """What teacher, history, encoder and losses need from each other, in training."""
+    train, teacher, encoder = opt['train'], opt.get('network_t'), opt.get('network_vqgan')
+    for key in ('logits_opt', 'lcr_opt'):
+        if train.get(key) and teacher is None and not report.reported('network_t'):
+            report.error(f'train.{key}', 'needs network_t, the teacher')
+    if teacher is not None and not teacher.get('allow_random') and opt['path'].get('pretrain_network_t') is None:
+        report.missing('path.pretrain_network_t', 'a teacher needs trained weights')
+    for key in ('cl_opt', 'ce_opt'):
+        if train.get(key) and encoder is None and not report.reported('network_vqgan'):
+            report.error(f'train.{key}', f'needs network_vqgan, the encoder: {keys.ENCODER_ADVICE}')
+    if encoder is not None and needs_encoder(opt) and not encoder.get('allow_random'):
+        if opt['path'].get('pretrain_network_vqgan') is None:
+            report.missing('path.pretrain_network_vqgan', f'an encoder needs trained weights: {keys.ENCODER_ADVICE}')
+    if train.get('cl_opt'):
+        check_contrast(report, opt, given)
+
+
+def check_contrast(report, opt, given):
+    """cl_opt has negatives and one weight per encoder level."""
+    train = opt['train']
+    if 'network_his' not in given:
+        opt['network_his'] = True
+        report.warn('network_his', 'true is assumed: cl_opt takes its negatives from the history')
+    elif not opt.get('network_his'):
+        report.error('network_his', 'cl_opt takes its negatives from the history; write true', opt.get('network_his'))
+    if not train['num_neg'] and not train['neg_clean']:
+        report.error('train.num_neg', 'cl_opt needs negatives; set num_neg or neg_clean', train['num_neg'])
+    cls = known_types(LOSS_REGISTRY).get(bare(train['cl_opt'].get('type')))
+    weights = argument(cls, train['cl_opt'], ('weights',))[1] if cls else None
+    ddconfig = (opt.get('network_vqgan') or {}).get('ddconfig')
+    levels = ddconfig.get('ch_mult') if isinstance(ddconfig, dict) else None
+    if not isinstance(weights, (list, tuple)):
+        return
+    if not _numbers(weights):
+        report.error('train.cl_opt.weights', 'expected a list of numbers', weights)
+    elif isinstance(levels, list) and len(weights) != len(levels):
+        text = f'expected {len(levels)} numbers, one per level of network_vqgan.ddconfig.ch_mult'
+        report.error('train.cl_opt.weights', text, weights)
+
+
+def needs_encoder(opt):
+    """Whether a loss of the model reads the features of network_vqgan."""
+    return any((opt.get('train') or {}).get(key) for key in ('cl_opt', 'ce_opt'))
+
+
+def check_paths(report, opt, is_train):
+    """Weights that are named and used exist; a test uses network_g's."""
+    for key, path in opt['path'].items():
+        network = key[len('pretrain_') :] if key.startswith('pretrain_') else None
+        if path is None or (network is None and key != 'resume_state') or not (is_train or network == 'network_g'):
+            continue
+        if network and (opt.get(network) is None or (network == 'network_vqgan' and not needs_encoder(opt))):
+            report.warn(f'path.{key}', f'not used, nothing needs {network}', path)
+        else:
+            check_file(report, f'path.{key}', path)
+
+
+def check_val(report, opt, classes):
+    """Check the metrics and the tiling of validation; inputs are padded to the windows that networks state."""
+    val = opt['val']
+    windows = [argument(cls, opt[f'network_{name}'], ('window_size',))[1] for name, cls in classes.items()]
+    windows = [window for window in windows if isinstance(window, int) and window > 0]
+    if windows and val.get('window_size') is None:
+        val['window_size'] = math.lcm(*windows)
+    for name, block in (val.get('metrics') or {}).items():
+        where, types = f'val.metrics.{name}', known_types(METRIC_REGISTRY)
+        check_block(report, where, block, types, 'metric', filled=('img', 'img2'), also=('better',))
+    if val.get('tile_overlap') is not None and val['tile_overlap'] >= val.get('tile_size', 0):
+        report.error('val.tile_overlap', 'expected less than val.tile_size', val['tile_overlap'])
+
+
+def check_datasets(report, opt, blocks, is_train):
+    """Check and complete all datasets that a run uses."""
+    first = 'train' if is_train else 'test_1'
+    if not isinstance(blocks, dict) or not blocks:
+        report.error('datasets', f'missing; a block such as {first} says which images')
+        return {}
+    result, titles = {}, {}
+    for name, block in blocks.items():
+        where, phase = f'datasets.{name}', name.split('_')[0]
+        if name != 'train' and phase not in ('val', 'test'):
+            hint = nearest(name, ['train', 'val', 'test', *(f'{p}_{i}' for p in ('val', 'test') for i in range(1, 10))])
+            report.error(where, f'expected train, val, val_* or test_*{hint}')
+        elif phase == ('test' if is_train else 'train'):
+            report.warn(where, f'not used in {"training" if is_train else "a test"}')
+        elif not isinstance(block, dict):
+            report.error(where, 'expected a block of keys', block)
+        else:
+            result[name] = check_dataset(report, opt, name, block, is_train)
+            title = result[name]['name']
+            if phase != 'train' and title in titles:
+                report.error(f'{where}.name', f'datasets.{titles[title]} has the same name', title)
+            titles.update({title: name} if phase != 'train' else {})
+    if is_train and 'train' not in blocks:
+        report.error('datasets.train', 'missing; the training images')
+    return result
+
+
+def check_dataset(report, opt, name, block, is_train):
+    """Check and complete one dataset; in a test, a missing one gets the key ``missing``."""
+    where, phase = f'datasets.{name}', name.split('_')[0]
+    types, kind = known_types(DATASET_REGISTRY), bare(block.get('type'))
+    if block.get('type') is None:
+        report.error(f'{where}.type', f'missing; {one_of(types)}')
+    elif kind not in types:
+        report.error(f'{where}.type', f'no such dataset{nearest(kind, types) or "; " + one_of(types)}', block['type'])
+    data = validate(dataset_model(kind, phase == 'train'), block, report, where)
+    data['name'] = data['name'] or name
+    if data.get('meta_info_file', '') is None:
+        del data['meta_info_file']  # SingleImageDataset opens it where the key exists
+    always, in_training = keys.DATASET_NEEDS.get(kind, ((), ()))
+    for key in [*always, *(in_training if phase == 'train' else ())]:
+        if data.get(key) is None:
+            report.missing(f'{where}.{key}', f'{kind} needs it')
+    if phase == 'train':
+        check_patch(report, where, data, opt)
+    data['phase'], data['scale'] = phase, opt['scale']
+    found = report if is_train else Report()
+    check_data_files(found, report, where, data)
+    if found is not report and found.problems:
+        data['missing'] = '; '.join(found.problems)
+        report.warnings += [f'{problem}; skipped' for problem in found.problems]
+    return data
+
+
+def check_data_files(found, report, where, data):
+    """Report files that a dataset lacks to `found`; drop lists that BasicSR's wheel should hold and does not."""
+    lmdb = data['io_backend']['type'] == 'lmdb'
+    for key in ('dataroot_gt', 'dataroot_lq'):
+        if isinstance(data.get(key), str):
+            if lmdb and not data[key].endswith('.lmdb'):
+                found.error(f'{where}.{key}', 'expected a folder *.lmdb, because io_backend.type is lmdb', data[key])
+            check_file(found, f'{where}.{key}', data[key], folder=True)
+    for key in ('meta_info_file', 'meta_info'):
+        path = data.get(key)
+        if lmdb or not isinstance(path, str) or os.path.isfile(path):
+            continue
+        if Path(path).as_posix().startswith('basicsr/data/meta_info/'):
+            report.warn(f'{where}.{key}', "not in BasicSR's wheel; all images of the folder are used", path)
+            del data[key]
+        else:
+            check_file(found, f'{where}.{key}', path)
+
+
+def check_patch(report, where, data, opt):
+    """The training crop fits the scale and the windows of the networks."""
+    size, scale = data.get('gt_size'), opt['scale']
+    if not isinstance(size, int):
+        return
+    if size % scale:
+        report.error(f'{where}.gt_size', f'expected a multiple of scale = {scale}', size)
+    if opt['model_type'] == 'VQGANModel':
+        ch_mult = ((opt.get('network_g') or {}).get('ddconfig') or {}).get('ch_mult', [])
+        factor = 2 ** max(len(ch_mult) - 1, 0) if isinstance(ch_mult, list) else 1
+        if size % factor:
+            report.error(
+                f'{where}.gt_size', f'expected a multiple of {factor}, by which network_g reduces images', size
+            )
+    for name in ('network_g', 'network_t'):
+        network = opt.get(name) or {}
+        cls = known_types(ARCH_REGISTRY).get(bare(network.get('type')))
+        window = argument(cls, network, ('window_size',))[1] if cls else None
+        if isinstance(window, int) and window > 0 and size % (scale * window):
+            text = f'expected a multiple of scale times {name}.window_size, {scale} x {window}'
+            report.error(f'{where}.gt_size', text, size)

@@ -1,0 +1,391 @@
+"""The keys of option files: sections with types, defaults and meanings, and tables of names.
+
+A new key is one line in a section; a new model type is one line in `MODELS`. `option_checks` does the checking.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+
+
+def _no_bool(value):
+    if isinstance(value, bool):
+        raise ValueError('expected a number')
+    return value
+
+
+def _listed(value):
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _gpus(value):
+    if value != 'auto' and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError("expected 'auto' or a number of GPUs, 0 for the CPU")
+    return value
+
+
+def _folder_name(value):
+    if not value.strip() or value.strip('. ') != value or re.search(r'[\\/:*?"<>|\x00-\x1f]', value):
+        raise ValueError('expected a plain folder name: the run is written to experiments/NAME')
+    return value
+
+
+def expand(path):
+    """A path with ~ expanded; anything else as it is."""
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
+Positives = Annotated[list[Positive], BeforeValidator(_listed), Field(min_length=1)]
+Gpus = Annotated[Any, AfterValidator(_gpus)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+PathName = Annotated[str, AfterValidator(expand)]
+Block = dict[str, Any]
+
+
+class Section(BaseModel):
+    """Keys with their types; an empty value (~) means the default."""
+
+    model_config = ConfigDict(extra='forbid', protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode='before')
+    @classmethod
+    def _empty_is_default(cls, data):
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None or key not in cls.model_fields or cls.model_fields[key].default is None
+        }
+
+
+class Train(Section):
+    """SRModel's keys."""
+
+    total_iter: Optional[Positive] = Field(None, description='number of iterations')
+    warmup_iter: Whole = Field(-1, description='iterations of linear warm-up, -1 for none')
+    optim_g: Optional[Block] = Field(None, description='optimiser: a class of torch.optim and its arguments')
+    scheduler: Block = Field({'type': 'MultiStepLR', 'milestones': []}, description='learning rate schedule')
+    ema_decay: float = Field(0, ge=0, lt=1, description="decay of the student's moving average, 0 for none")
+    pixel_opt: Optional[Block] = Field(None, description='loss against the ground truth')
+    perceptual_opt: Optional[Block] = Field(None, description='perceptual loss against the ground truth')
+
+
+class GANTrain(Train):
+    """SRGANModel's and ESRGANModel's keys."""
+
+    gan_opt: Optional[Block] = Field(None, description='adversarial loss')
+    ldl_opt: Optional[Block] = Field(None, description='LDL loss')
+    optim_d: Optional[Block] = Field(None, description="the discriminator's optimiser")
+    net_d_iters: Positive = Field(1, description='train the generator every so many iterations')
+    net_d_init_iters: Count = Field(0, description='iterations of the discriminator alone')
+
+
+class KDTrain(Train):
+    """KDModel's keys."""
+
+    logits_opt: Optional[Block] = Field(None, description="loss against the teacher's output")
+    check_teacher: bool = Field(True, description='stop before step 1 where the teacher is worse than bicubic')
+
+
+class Noisy(Section):
+    prob: Probability = Field(0.5, description='probability of each augmentation (invert, flips, transpose)')
+
+
+class DCKDTrain(KDTrain):
+    """DCKDModel's keys: the released code's, and ours for what the paper says differently."""
+
+    lcr_opt: Optional[Block] = Field(None, description='label consistency: loss against the teacher on augmented input')
+    noisy: Optional[Noisy] = Field(None, description='the augmentations of lcr_opt')
+    cl_opt: Optional[Block] = Field(None, description='dynamic contrastive loss')
+    ce_opt: Optional[Block] = Field(None, description='distribution mapping loss')
+    num_neg: Count = Field(4, description='degraded negatives')
+    neg_clean: bool = Field(True, description='the clean input is one more negative')
+    update_decay: Probability = Field(0.1, description='weight of the old history at its update')
+    step: Positives = Field([1000, 2000, 3000], description='iterations between history updates, per step_period')
+    step_period: Positive = Field(100000, description='iterations that one entry of step holds for')
+    history_from: Literal['ema', 'student'] = Field('ema', description='what the history follows')
+    gaussian_blur_prob: Probability = Field(1.0, description='probability of blur, per negative')
+    resize_prob: Probability = Field(0.0, description='probability of resizing, per negative')
+    gaussian_noise_prob: Probability = Field(0.0, description='probability of noise, per negative')
+    gray_noise_prob: Probability = Field(0.0, description='probability that noise is gray, per sample')
+
+
+class VQGANTrain(Train):
+    """VQGANModel's keys."""
+
+    commit_opt: Optional[Block] = Field(None, description='loss between features and codes')
+    codebook_decay: Probability = Field(0.99, description="decay of the codes' moving averages")
+    restart_after: Count = Field(256, description='iterations after which an unused code is drawn anew, 0 for never')
+
+
+class Val(Section):
+    val_freq: Positive = Field(5000, description='validate every so many iterations')
+    save_img: bool = Field(False, description='write the output images')
+    suffix: str = Field('', description='suffix of written images; the run name if empty')
+    pbar: bool = Field(False, description='progress bar over the images')
+    window_size: Optional[Positive] = Field(None, description='pad inputs to a multiple of this')
+    tile_size: Optional[Positive] = Field(None, description='run in tiles of this many input pixels')
+    tile_overlap: Optional[Count] = Field(None, description='input pixels that tiles share')
+    metrics: Optional[dict[str, Block]] = Field(None, description='name -> metric with its arguments')
+
+
+class Wandb(Section):
+    project: Optional[str] = None
+    resume_id: Optional[str] = None
+
+
+class Logger(Section):
+    print_freq: Positive = Field(100, description='log every so many iterations')
+    save_checkpoint_freq: Positive = Field(5000, description='save every so many iterations')
+    use_tb_logger: bool = Field(False, description='write TensorBoard files')
+    wandb: Optional[Wandb] = None
+
+
+class DistParams(Section):
+    backend: Optional[str] = Field(None, description='accepted; nccl is used on GPUs, gloo on CPUs')
+    port: Optional[Positive] = Field(None, description='port of rank 0 under SLURM')
+
+
+class Top(Section):
+    """The keys of a file, but for networks, paths and train, which depend on the model type."""
+
+    name: Optional[FolderName] = Field(None, description='name of the run and of its folder')
+    model_type: Optional[str] = Field(None, description='model class')
+    scale: Positive = Field(1, description='output size over input size')
+    num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
+    manual_seed: Optional[Count] = Field(None, description='seed; drawn if empty')
+    find_unused_parameters: bool = Field(False, description="DistributedDataParallel's argument")
+    val: Val = Val()
+    logger: Logger = Logger()
+    dist_params: Optional[DistParams] = None
+
+
+class IOBackend(Section):
+    type: Literal['disk', 'lmdb', 'memcached'] = 'disk'
+    readonly: Optional[bool] = None  # lmdb
+    lock: Optional[bool] = None
+    readahead: Optional[bool] = None
+    server_list_cfg: Optional[str] = None  # memcached
+    client_cfg: Optional[str] = None
+    sys_path: Optional[str] = None
+
+
+class Dataset(Section):
+    """The keys of every dataset."""
+
+    name: str = Field('', description='name in logs and tables; the key of the block if empty')
+    type: Optional[str] = Field(None, description='dataset class')
+    io_backend: IOBackend = IOBackend()
+    num_worker_per_gpu: Optional[Count] = Field(None, description='loader processes')
+    batch_size_per_gpu: Optional[Positive] = Field(None, description='samples per process')
+    dataset_enlarge_ratio: Optional[Positive] = Field(None, description='passes over the images that make an epoch')
+    prefetch_mode: Optional[Literal['cpu', 'cuda']] = None
+    num_prefetch_queue: Optional[Positive] = None
+    pin_memory: Optional[bool] = None
+    persistent_workers: Optional[bool] = None
+
+
+class OtherDataset(Dataset):
+    """A dataset whose own keys are unknown here: they pass unchecked."""
+
+    model_config = ConfigDict(extra='allow')
+
+
+class TrainLoader(Section):
+    """Defaults of the loader keys in datasets.train."""
+
+    num_worker_per_gpu: Count = 4
+    batch_size_per_gpu: Positive = 16
+    dataset_enlarge_ratio: Positive = 1
+
+
+class _Crops(Dataset):
+    gt_size: Optional[Positive] = Field(None, description='side of the training crop of GT')
+    use_hflip: bool = True
+    use_rot: bool = True
+
+
+class SingleImageDataset(Dataset):
+    dataroot_lq: Optional[PathName] = None
+    meta_info_file: Optional[PathName] = None
+    color: Optional[str] = None
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+
+
+class PairedImageDataset(_Crops, SingleImageDataset):
+    dataroot_gt: Optional[PathName] = None
+    filename_tmpl: str = Field('{}', description='LQ file name for a GT file name, both without suffix')
+
+
+class SRImageDataset(_Crops):
+    dataroot_gt: Optional[PathName] = None
+    dataroot_lq: Optional[PathName] = Field(None, description='made from GT if empty')
+    lq_convention: Literal['uint8', 'double'] = Field('uint8', description="MATLAB's imresize on uint8 or on double")
+    filename_tmpl: str = Field('{}', description='LQ file name for a GT file name, both without suffix')
+    meta_info_file: Optional[PathName] = None
+    cache: Optional[Literal['ram']] = None
+
+
+class RealESRGANPairedDataset(_Crops):
+    dataroot_gt: Optional[PathName] = None
+    dataroot_lq: Optional[PathName] = None
+    meta_info: Optional[PathName] = None
+    filename_tmpl: str = '{}'
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+
+
+class FFHQDataset(Dataset):
+    dataroot_gt: Optional[PathName] = None
+    use_hflip: bool = True
+    mean: list[float] = [0.5, 0.5, 0.5]
+    std: list[float] = [0.5, 0.5, 0.5]
+
+
+_KERNEL_KEYS = (
+    'blur_kernel_size',
+    'kernel_list',
+    'kernel_prob',
+    'blur_sigma',
+    'betag_range',
+    'betap_range',
+    'sinc_prob',
+)
+RealESRGANDataset = create_model(
+    'RealESRGANDataset',
+    __base__=_Crops,
+    dataroot_gt=(Optional[PathName], None),
+    meta_info=(Optional[PathName], None),
+    final_sinc_prob=(Optional[Probability], None),
+    **{key + order: (Optional[Any], None) for key in _KERNEL_KEYS for order in ('', '2')},
+)
+
+DATASETS = {
+    'SRImageDataset': SRImageDataset,
+    'PairedImageDataset': PairedImageDataset,
+    'SingleImageDataset': SingleImageDataset,
+    'RealESRGANDataset': RealESRGANDataset,
+    'RealESRGANPairedDataset': RealESRGANPairedDataset,
+    'FFHQDataset': FFHQDataset,
+}
+# What a dataset cannot do without: always, and in training.
+DATASET_NEEDS = {
+    'SRImageDataset': (['dataroot_gt'], ['gt_size']),
+    'PairedImageDataset': (['dataroot_gt', 'dataroot_lq'], ['gt_size']),
+    'SingleImageDataset': (['dataroot_lq'], []),
+    'RealESRGANDataset': (['dataroot_gt', 'final_sinc_prob', *(k + o for o in ('', '2') for k in _KERNEL_KEYS)], []),
+    'RealESRGANPairedDataset': (['dataroot_gt', 'dataroot_lq'], ['gt_size']),
+    'FFHQDataset': (['dataroot_gt'], []),
+}
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """Which networks and which `train` keys a model type has, and which of them it cannot do without."""
+
+    train: type
+    networks: tuple
+    needs: tuple = ()
+    losses: tuple = ()  # at least one of them
+
+
+MODELS = {
+    'SRModel': ModelKeys(Train, ('g',), losses=('pixel_opt', 'perceptual_opt')),
+    'SwinIRModel': ModelKeys(Train, ('g',), losses=('pixel_opt', 'perceptual_opt')),
+    'SRGANModel': ModelKeys(GANTrain, ('g', 'd'), needs=('network_d', 'train.optim_d', 'train.gan_opt')),
+    'ESRGANModel': ModelKeys(GANTrain, ('g', 'd'), needs=('network_d', 'train.optim_d', 'train.gan_opt')),
+    'KDModel': ModelKeys(KDTrain, ('g', 't'), losses=('pixel_opt', 'perceptual_opt', 'logits_opt')),
+    'VQGANModel': ModelKeys(VQGANTrain, ('g',), needs=('train.commit_opt',), losses=('pixel_opt', 'perceptual_opt')),
+    'DCKDModel': ModelKeys(
+        DCKDTrain,
+        ('g', 't', 'vqgan'),
+        losses=('pixel_opt', 'perceptual_opt', 'logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt'),
+    ),
+}
+OTHER_MODEL = ModelKeys(GANTrain, ('g', 'd'))  # video, third parties: unknown keys are warnings
+# A file of these types that has one of these blocks runs as DCKDModel.
+DROP_IN_TYPES = ('SRModel', 'SwinIRModel')
+DROP_IN_NETWORKS = ('network_t', 'network_his', 'network_vqgan')
+DROP_IN_LOSSES = ('logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt')
+
+# Earlier names of BasicSR itself, still found in its option files: renamed.
+RENAMED = {
+    'path': {'strict_load': 'strict_load_g', **{f'pretrain_model_{n}': f'pretrain_network_{n}' for n in 'gd'}},
+    'datasets': {'use_flip': 'use_hflip'},
+}
+# Keys of theirs that have nothing to decide here: dropped, and said.
+NEEDLESS = {
+    'path': {'ignore_resume_networks': 'only trained networks are resumed'},
+    'datasets': {'use_shuffle': 'training always shuffles, validation never'},
+}
+# Names that other toolboxes give to things that have a name here; used in messages only.
+OTHER_NAMES = {
+    'network_g_teacher': 'network_t',
+    'network_teacher': 'network_t',
+    'pretrain_network_g_teacher': 'path.pretrain_network_t',
+    'pretrain_network_teacher': 'path.pretrain_network_t',
+    'strict_load_g_teacher': 'path.strict_load_t',
+    'param_key_g_teacher': 'path.param_key_t',
+    'lq_size': 'gt_size (lq_size times scale)',
+    'patch_size': 'gt_size',
+    'batch_size': 'batch_size_per_gpu',
+    'accumulate': 'batch_size_per_gpu (a batch is one step)',
+    'n_workers': 'num_worker_per_gpu',
+    'num_workers': 'num_worker_per_gpu',
+    'iters': 'total_iter',
+    'total_iters': 'total_iter',
+    'ema': 'ema_decay',
+    'tile': 'tile_size',
+    'kd_opt': 'logits_opt',
+    'distill_opt': 'logits_opt',
+    'contrastive_opt': 'cl_opt',
+    'losses': 'one block per loss, such as pixel_opt',
+}
+# Values of arguments that a constructor would refuse with a traceback, or late. Of BasicSR's classes and ours.
+LOSS_VALUES = {
+    'reduction': ('mean', 'sum'),
+    'd_func': ('L1',),
+    'form': ('released', 'paper'),
+    'reduce': ('global', 'rank'),
+    'guard': (True, False),
+    'criterion': ('l1', 'fro'),  # BasicSR 1.4.2 asks PyTorch for 'l2' by a name that does not exist
+    'gan_type': ('vanilla', 'lsgan', 'wgan', 'wgan_softplus', 'hinge'),
+}
+# The method that DCKDModel calls on the loss of a block.
+FEATURE_LOSSES = {'train.cl_opt': 'from_levels', 'train.ce_opt': 'from_logits'}
+ARCH_VALUES = {'input_range': ([0, 1], [-1, 1])}
+SCALE_KEYS = ('upscale', 'scale', 'upscale_factor')
+CHANNEL_KEYS = {
+    'input': ('num_in_ch', 'in_chans', 'in_channels', 'inp_channels', 'img_channel'),
+    'output': ('num_out_ch', 'out_chans', 'out_channels', 'num_in_ch', 'in_chans', 'in_channels', 'img_channel'),
+}
+# torch.optim classes that do not fit a training step of BasicSR: abstract, closures, sparse gradients, matrices only.
+UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam', 'Muon')
+# Where things that option files name come from: the pages of the projects themselves.
+DATA_SOURCES = {
+    'DIV2K': 'https://data.vision.ee.ethz.ch/cvl/DIV2K/, see datasets/README.md',
+    'DF2K|Flickr2K|Set5|Set14|B100|BSD|Urban100|Manga109': (
+        'https://github.com/XPixelGroup/BasicSR/blob/master/docs/DatasetPreparation.md, see datasets/README.md'
+    ),
+}
+WEIGHT_SOURCES = {
+    'VQGAN': 'https://github.com/CompVis/taming-transformers#overview-of-pretrained-models (ImageNet f=16, 1024)',
+    'SwinIR': 'https://github.com/JingyunLiang/SwinIR/releases',
+    'EDSR|RCAN|MSR|ESRGAN|RRDB': 'https://github.com/XPixelGroup/BasicSR/blob/master/docs/ModelZoo.md',
+}
+ENCODER_ADVICE = (
+    "train one with options/train_vqgan.yml, or download taming-transformers' VQGAN f16 1024 checkpoint "
+    '(https://github.com/CompVis/taming-transformers) and run: python -m dckd_sr.zoo convert FILE'
+)
+RUNTIME_KEYS = ('dist', 'rank', 'world_size', 'is_train', 'auto_resume', 'root_path')
+RUNTIME_PATHS = ('experiments_root', 'models', 'training_states', 'log', 'visualization', 'results_root')
+RUNTIME_DATASET_KEYS = ('phase', 'scale', 'missing')

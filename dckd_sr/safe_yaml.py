@@ -1,0 +1,115 @@
+"""YAML as people write option files: plain values only, ``1e-4`` is a number, a key that is set twice is a mistake."""
+
+import re
+
+import yaml
+
+from dckd_sr.errors import UserError
+
+# PyYAML follows YAML 1.1, where a float needs a point and its exponent a sign; these are YAML 1.2's.
+_FLOAT = re.compile(r'[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z')
+_PREFIX = 'tag:yaml.org,2002:'
+_TAGS = {_PREFIX + name for name in ('null', 'bool', 'int', 'float', 'str', 'seq', 'map', 'merge')}
+
+
+class YAMLError(UserError):
+    """A text that is no plain YAML.
+
+    Attributes:
+        problems (list[str]): one each, with its line.
+    """
+
+    def __init__(self, problems):
+        self.problems = problems
+        super().__init__('\n'.join(problems))
+
+
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    """PyYAML's safe loader without dates, with YAML 1.2's floats."""
+
+
+class _Dumper(getattr(yaml, 'CSafeDumper', yaml.SafeDumper)):
+    """Its counterpart, which quotes text that the loader would take for a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != _PREFIX + 'timestamp']
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_PREFIX + 'float', _FLOAT, list('-+.0123456789'))
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def parse(text):
+    """Parse one document.
+
+    Returns:
+        dict, list, str, int, float, bool or None; aliases (``*name``) are copies.
+
+    Raises:
+        YAMLError: bad syntax, duplicate keys, or any tag that is not plain, such as ``!!python/object``.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        problems = [] if node is None else list(_problems(node, loader, ()))
+        if not problems:
+            return None if node is None else _separate(loader.construct_document(node))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
+        problems = [where + str(getattr(error, 'problem', None) or error).replace('\n', ' ')]
+    finally:
+        if loader is not None:
+            loader.dispose()
+    raise YAMLError(problems)
+
+
+def is_yaml(text):
+    """Whether a text has YAML's syntax, whatever its tags."""
+    try:
+        yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return False
+    return True
+
+
+def dump(value):
+    """Plain values as YAML, in the given order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _problems(node, loader, parents):
+    """What a node holds that an option file may not: other tags, duplicate keys, keys that are no text, loops."""
+    where = f'line {node.start_mark.line + 1}: '
+    if node in parents:
+        yield where + 'this block contains itself'
+    elif node.tag not in _TAGS:
+        yield where + f'the tag {node.tag.replace(_PREFIX, "!!")} is not allowed, values are plain YAML'
+    elif isinstance(node, yaml.ScalarNode):
+        try:
+            loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError):
+            yield where + f"'{node.value}' is not of the type {node.tag.replace(_PREFIX, '!!')}"
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _problems(item, loader, (*parents, node))
+    else:
+        lines = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != _PREFIX + 'merge':
+                if key.tag != _PREFIX + 'str':
+                    yield f'line {line}: the key {key.value!r} is not text, write it in quotes'
+                elif key.value in lines:
+                    yield f"line {line}: the key '{key.value}' is already set in line {lines[key.value]}"
+                lines.setdefault(str(key.value), line)
+            yield from _problems(value, loader, (*parents, node))
+
+
+def _separate(value):
+    """The same values, with a copy wherever an alias shares one."""
+    if isinstance(value, dict):
+        return {key: _separate(item) for key, item in value.items()}
+    return [_separate(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,606 @@
+"""Every kind of mistake in an option file: the message starts with the key and says what was meant."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from dckd_sr import option_checks, option_keys, options, safe_yaml
+from dckd_sr.archs import vqgan_arch
+
+EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_block': 16, 'upscale': 4}
+DDCONFIG = {
+    'in_channels': 3,
+    'out_ch': 3,
+    'resolution': 256,
+    'ch': 128,
+    'ch_mult': [1, 1, 2, 2, 4],
+    'num_res_blocks': 2,
+    'attn_resolutions': [16],
+    'dropout': 0.0,
+    'double_z': False,
+    'z_channels': 256,
+}
+VQGAN = {'type': 'VQGAN', 'embed_dim': 256, 'n_embed': 1024, 'ddconfig': DDCONFIG}
+PAIRED = {'type': 'PairedImageDataset', 'dataroot_gt': 'HR', 'dataroot_lq': 'LR', 'io_backend': {'type': 'disk'}}
+L1 = {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'}
+PSNR = {'type': 'calculate_psnr', 'crop_border': 4, 'test_y_channel': True}
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path):
+    """The files that the options below name."""
+    for name in ('HR', 'LR', 'HR.lmdb', 'LR.lmdb', 'experiments/pretrained_models'):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ('teacher.pth', 'vqgan.ckpt', 'list.txt'):
+        (tmp_path / name).touch()
+
+
+def dckd():
+    """The released keys, all of them."""
+    return copy.deepcopy(
+        {
+            'name': 'run',
+            'model_type': 'DCKDModel',
+            'scale': 4,
+            'num_gpu': 0,
+            'manual_seed': 10,
+            'datasets': {
+                'train': {
+                    'name': 'DIV2K',
+                    **PAIRED,
+                    'filename_tmpl': '{}',
+                    'gt_size': 192,
+                    'use_hflip': True,
+                    'use_rot': True,
+                    'num_worker_per_gpu': 8,
+                    'batch_size_per_gpu': 16,
+                    'dataset_enlarge_ratio': 100,
+                    'prefetch_mode': None,
+                },
+                'val_1': {'name': 'Set5', **PAIRED, 'filename_tmpl': '{}x4'},
+                'val_2': {'name': 'Set14', **PAIRED},
+            },
+            'network_t': {**EDSR, 'num_feat': 256},
+            'network_g': EDSR,
+            'network_his': True,
+            'network_vqgan': VQGAN,
+            'path': {
+                'pretrain_network_t': 'teacher.pth',
+                'strict_load_t': True,
+                'param_key_t': 'params_ema',
+                'pretrain_network_g': None,
+                'strict_load_g': True,
+                'param_key_g': 'params_ema',
+                'pretrain_network_vqgan': 'vqgan.ckpt',
+                'strict_load_vqgan': False,
+                'param_key_vqgan': 'state_dict',
+            },
+            'train': {
+                'ema_decay': 0.999,
+                'optim_g': {'type': 'Adam', 'lr': 1e-4, 'weight_decay': 0, 'betas': [0.9, 0.99]},
+                'scheduler': {'type': 'MultiStepLR', 'milestones': [250000], 'gamma': 0.1},
+                'total_iter': 250000,
+                'warmup_iter': -1,
+                'pixel_opt': L1,
+                'logits_opt': L1,
+                'lcr_opt': L1,
+                'noisy': {'prob': 0.5},
+                'cl_opt': {
+                    'type': 'ContrasLoss',
+                    'd_func': 'L1',
+                    'loss_weight': 0.1,
+                    'weights': [0.03125, 0.0625, 0.125, 0.25, 1.0],
+                },
+                'num_neg': 4,
+                'update_decay': 0.1,
+                'step': [1000, 2000, 3000],
+                'gaussian_blur_prob': 0,
+                'resize_prob': 0,
+                'gaussian_noise_prob': 1.0,
+                'gray_noise_prob': 0.5,
+                'ce_opt': {'type': 'CELoss', 'loss_weight': 0.001, 'reduction': 'mean'},
+            },
+            'val': {'val_freq': 5e3, 'save_img': False, 'window_size': 8, 'metrics': {'psnr': PSNR}},
+            'logger': {
+                'print_freq': 1000,
+                'save_checkpoint_freq': 5e3,
+                'use_tb_logger': True,
+                'wandb': {'project': None, 'resume_id': None},
+            },
+            'dist_params': {'backend': 'nccl', 'port': 29500},
+        }
+    )
+
+
+def esrgan():
+    """BasicSR's keys for adversarial training."""
+    opt = dckd()
+    for key in ('network_t', 'network_his', 'network_vqgan', 'path'):
+        del opt[key]
+    opt['model_type'] = 'ESRGANModel'
+    opt['network_d'] = {'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 64}
+    keep = ('ema_decay', 'optim_g', 'scheduler', 'total_iter', 'warmup_iter', 'pixel_opt')
+    opt['train'] = {key: opt['train'][key] for key in keep}
+    opt['train']['optim_d'] = opt['train']['optim_g']
+    opt['train']['gan_opt'] = {'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 5e-3}
+    return opt
+
+
+def vqgan():
+    """A codebook's training."""
+    opt = esrgan()
+    del opt['network_d']
+    opt['model_type'] = 'VQGANModel'
+    opt['network_g'] = {**VQGAN, 'decoder': True}
+    for key in ('optim_d', 'gan_opt'):
+        del opt['train'][key]
+    opt['train']['commit_opt'] = {'type': 'MSELoss', 'loss_weight': 0.25}
+    return opt
+
+
+def load(opt, *overrides, **kwargs):
+    Path('opt.yml').write_text(safe_yaml.dump(opt), encoding='utf-8')
+    return options.load('opt.yml', overrides, **kwargs)
+
+
+def problems_of(opt, *overrides, **kwargs):
+    with pytest.raises(options.OptionError) as error:
+        load(opt, *overrides, **kwargs)
+    return error.value.problems
+
+
+MISTAKES = [  # override, start of the message, what else it says
+    # unknown keys, in every section
+    ('scael=4', 'scael = 4: unknown key', "did you mean 'scale'?"),
+    ('network_x={type: EDSR}', 'network_x = ', "did you mean 'network_"),
+    ('network_d={type: EDSR}', 'network_d = ', 'unknown key'),
+    ('use_amp=true', 'use_amp = true: unknown key', ''),
+    ('datasets:train:gt_sise=192', 'datasets.train.gt_sise = 192: unknown key', "did you mean 'gt_size'?"),
+    ('datasets:val_1:io_backend:typ=disk', 'datasets.val_1.io_backend.typ = disk', "did you mean 'type'?"),
+    ('path:teacher=teacher.pth', 'path.teacher = teacher.pth: unknown key', 'pretrain_network_t'),
+    ('path:pretrain_network_d=teacher.pth', 'path.pretrain_network_d = teacher.pth: unknown', 'did you mean'),
+    ('train:accum_iter=2', 'train.accum_iter = 2: unknown key', ''),
+    ('train:net_d_iters=1', 'train.net_d_iters = 1: unknown key', ''),
+    ('train:noisy:porb=1', 'train.noisy.porb = 1: unknown key', "did you mean 'prob'?"),
+    ('val:windowsize=8', 'val.windowsize = 8: unknown key', "did you mean 'window_size'?"),
+    ('logger:wandb:proj=x', 'logger.wandb.proj = x: unknown key', "did you mean 'project'?"),
+    ('dist_params:prot=1', 'dist_params.prot = 1: unknown key', "did you mean 'port'?"),
+    ('train:cl_opt:loss_wieght=0.1', 'train.cl_opt.loss_wieght = 0.1: unknown argument of ContrasLoss', 'loss_weight'),
+    ('train:pixel_opt:weight=1', 'train.pixel_opt.weight = 1: unknown argument of L1Loss', 'loss_weight'),
+    ('network_g:num_feats=64', 'network_g.num_feats = 64: unknown argument of EDSR', "did you mean 'num_feat'?"),
+    ('network_g:allow_random=true', 'network_g.allow_random = true: unknown argument', ''),
+    ('network_vqgan:ddconfig:chmult=[1]', 'network_vqgan.ddconfig.chmult = [1]: unknown', "did you mean 'ch_mult'?"),
+    ('network_vqgan:n_embd=1', 'network_vqgan.n_embd = 1: unknown argument of VQGAN', "did you mean 'n_embed'?"),
+    ('train:optim_g:beta=1', 'train.optim_g.beta = 1: unknown argument of Adam', "did you mean 'betas'?"),
+    ('train:scheduler:gama=1', 'train.scheduler.gama = 1: unknown argument of MultiStepLR', "did you mean 'gamma'?"),
+    ('val:metrics:psnr:test_y=true', 'val.metrics.psnr.test_y = true: unknown', "did you mean 'test_y_channel'?"),
+    # keys of another section, or of another toolbox
+    ('train:window_size=8', 'train.window_size = 8: unknown key', "it belongs in 'val'"),
+    ('num_neg=4', 'num_neg = 4: unknown key', "it belongs in 'train'"),
+    ('train:cl_opt:num_neg=4', 'train.cl_opt.num_neg = 4: unknown argument', "it belongs in 'train'"),
+    ('train:scale=4', 'train.scale = 4: unknown key', 'it belongs in the top level'),
+    ('train:gt_size=192', 'train.gt_size = 192: unknown key', "it belongs in 'datasets.train'"),
+    ('network_g_teacher={type: EDSR}', 'network_g_teacher = ', 'here it is network_t'),
+    ('path:pretrain_network_g_teacher=x', 'path.pretrain_network_g_teacher = x', 'here it is path.pretrain_network_t'),
+    ('datasets:train:lq_size=48', 'datasets.train.lq_size = 48', 'here it is gt_size'),
+    # names that nobody registered
+    ('model_type=DCKDModle', 'model_type = DCKDModle: no such model', "did you mean 'DCKDModel'?"),
+    ('network_g:type=EDSRR', 'network_g.type = EDSRR: no such arch', "did you mean 'EDSR'?"),
+    ('train:pixel_opt:type=L1loss', 'train.pixel_opt.type = L1loss: no such loss', "did you mean 'L1Loss'?"),
+    ('val:metrics:psnr:type=psnr', 'val.metrics.psnr.type = psnr: no such metric', 'calculate_psnr'),
+    ('datasets:val_1:type=PairedImage', 'datasets.val_1.type = PairedImage: no such dataset', 'PairedImageDataset'),
+    ('train:optim_g:type=Adan', 'train.optim_g.type = Adan: no such optimiser', "did you mean 'Adam'?"),
+    ('train:optim_g:type=LBFGS', 'train.optim_g.type = LBFGS: no such optimiser', ''),
+    ('train:scheduler:type=CosineLR', 'train.scheduler.type = CosineLR: no such schedule', 'MultiStepLR'),
+    ('train:cl_opt:type=L1Loss', 'train.cl_opt.type = L1Loss: no such loss for train.cl_opt', 'Loss'),
+    (
+        'train:ce_opt:type=ContrasLoss',
+        'train.ce_opt.type = ContrasLoss: no such loss for train.ce_opt',
+        'DistributionMappingLoss',
+    ),
+    # missing
+    ('name=~', 'name: missing', ''),
+    ('model_type=~', 'model_type: missing', 'DCKDModel'),
+    ('network_g=~', 'network_g: missing', ''),
+    ('datasets=~', 'datasets: missing', ''),
+    ('train:total_iter=~', 'train.total_iter: missing', ''),
+    ('train:optim_g=~', 'train.optim_g: missing', ''),
+    ('train:optim_g={type: Adam}', 'train.optim_g.lr: missing', ''),
+    ('network_g={num_in_ch: 3}', 'network_g.type: missing', 'EDSR'),
+    ('network_g={type: EDSR, num_in_ch: 3, upscale: 4}', 'network_g.num_out_ch: missing; EDSR needs it', ''),
+    ('datasets:train:dataroot_gt=~', 'datasets.train.dataroot_gt: missing; PairedImageDataset', ''),
+    ('datasets:train:gt_size=~', 'datasets.train.gt_size: missing; PairedImageDataset', ''),
+    ('datasets:train:type=~', 'datasets.train.type: missing', 'PairedImageDataset'),
+    ('path:pretrain_network_t=~', 'path.pretrain_network_t: missing', 'teacher'),
+    ('path:pretrain_network_vqgan=~', 'path.pretrain_network_vqgan: missing', 'dckd_sr.zoo convert'),
+    # values
+    ('name=a/b', 'name = a/b: expected a plain folder name', ''),
+    ('name=..', 'name = ..: expected a plain folder name', ''),
+    ("name=''", 'name = : expected a plain folder name', ''),
+    ('name=001', 'name = 1: expected text', 'quotes'),
+    ('scale=0', 'scale = 0: expected', 'greater'),
+    ('scale=x4', 'scale = x4: expected a valid integer', ''),
+    ('num_gpu=two', "num_gpu = two: expected 'auto'", ''),
+    ('num_gpu=-1', "num_gpu = -1: expected 'auto'", ''),
+    ('manual_seed=-1', 'manual_seed = -1: expected', ''),
+    ('train=1', 'train = 1: expected a block of keys', ''),
+    ('network_t=teacher.pth', 'network_t = teacher.pth: expected a block of keys', ''),
+    ('train:pixel_opt=L1Loss', 'train.pixel_opt = L1Loss: expected a block of keys', ''),
+    ('train:total_iter=0', 'train.total_iter = 0: expected', ''),
+    ('train:total_iter=true', 'train.total_iter = true: expected a number', ''),
+    ('train:total_iter=2.5', 'train.total_iter = 2.5: expected a valid integer', ''),
+    ('train:ema_decay=1', 'train.ema_decay = 1: expected less than 1', ''),
+    ('train:ema_decay=.nan', 'train.ema_decay = NaN: expected', ''),
+    ('train:update_decay=1.5', 'train.update_decay = 1.5: expected less than or equal to 1', ''),
+    ('train:gray_noise_prob=-0.1', 'train.gray_noise_prob = -0.1: expected', ''),
+    ('train:noisy:prob=2', 'train.noisy.prob = 2: expected', ''),
+    ('train:step=[1000, 0]', 'train.step.1 = 0: expected', ''),
+    ('train:step=often', 'train.step.0 = often: expected a valid integer', ''),
+    ('train:num_neg=-1', 'train.num_neg = -1: expected', ''),
+    ('train:history_from=teacher', "train.history_from = teacher: expected 'ema' or 'student'", ''),
+    ('train:neg_clean=perhaps', 'train.neg_clean = perhaps: expected', ''),
+    ('train:check_teacher=7', 'train.check_teacher = 7: expected', ''),
+    ('train:ce_opt:form=eq9', 'train.ce_opt.form = eq9: expected released or paper', ''),
+    ('train:cl_opt:reduce=local', 'train.cl_opt.reduce = local: expected global or rank', ''),
+    ('train:cl_opt:guard=soft', 'train.cl_opt.guard = soft: expected', ''),
+    ('train:pixel_opt:reduction=none', 'train.pixel_opt.reduction = ~: expected mean or sum', ''),
+    ('train:pixel_opt:loss_weight=much', 'train.pixel_opt.loss_weight = much: expected a number', ''),
+    ('network_vqgan:input_range=[0, 255]', 'network_vqgan.input_range = [0, 255]: expected [0, 1] or [-1, 1]', ''),
+    ('network_g:num_in_ch=three', 'network_g.num_in_ch = three: expected a number', ''),
+    ('network_g:rgb_mean=0.5', 'network_g.rgb_mean = 0.5: expected a list', ''),
+    ("train:optim_g:lr='fast'", 'train.optim_g.lr = fast: expected a number', ''),
+    ('train:scheduler:milestones=1000', 'train.scheduler.milestones = 1000: expected a list of numbers', ''),
+    ('val:metrics=psnr', 'val.metrics = psnr: expected a block of keys', ''),
+    ('val:tile_overlap=8', 'val.tile_overlap = 8: expected less than val.tile_size', ''),
+    ('datasets:train:batch_size_per_gpu=0', 'datasets.train.batch_size_per_gpu = 0: expected', ''),
+    ('datasets:train:prefetch_mode=fast', "datasets.train.prefetch_mode = fast: expected 'cpu' or 'cuda'", ''),
+    ('datasets:train:io_backend:type=zip', 'datasets.train.io_backend.type = zip: expected', "'lmdb'"),
+    ('datasets:train:gt_size=190', 'datasets.train.gt_size = 190: expected a multiple of scale = 4', ''),
+    ('datasets:valid={name: a}', 'datasets.valid: expected train, val, val_* or test_*', 'did you mean'),
+    ('datasets:val_1:name=Set14', 'datasets.val_2.name = Set14: datasets.val_1 has the same name', ''),
+    # files
+    ('path:pretrain_network_g=no.pth', 'path.pretrain_network_g = no.pth: no such file', ''),
+    ('path:pretrain_network_t=HR', 'path.pretrain_network_t = HR: a folder, not a file', ''),
+    ('path:resume_state=9.state', 'path.resume_state = 9.state: no such file', ''),
+    ('path:pretrain_network_t=SwinIR.pth', 'path.pretrain_network_t = SwinIR.pth', 'github.com/JingyunLiang/SwinIR'),
+    ('datasets:train:dataroot_gt=none/here', 'datasets.train.dataroot_gt = none/here: no such folder', ''),
+    ('datasets:train:dataroot_gt=DIV2K/HR', 'datasets.train.dataroot_gt = DIV2K/HR', 'data.vision.ee.ethz.ch'),
+    ('datasets:val_2:dataroot_lq=list.txt', 'datasets.val_2.dataroot_lq = list.txt: a file, not a folder', ''),
+    ('datasets:train:meta_info_file=no.txt', 'datasets.train.meta_info_file = no.txt: no such file', ''),
+    # what belongs together
+    ('network_g:upscale=2', 'network_g.upscale = 2: differs from scale = 4', ''),
+    ('network_t:upscale=2', 'network_t.upscale = 2: differs from scale = 4', ''),
+    ('network_t:num_in_ch=1', 'network_t.num_in_ch = 1: network_g.num_in_ch = 3', ''),
+    ('network_t:num_out_ch=1', 'network_t.num_out_ch = 1: network_g.num_out_ch = 3', ''),
+    ('network_his=false', 'network_his = false: cl_opt', 'write true'),
+    ('network_his=~', 'network_his = ~: cl_opt', 'write true'),
+    ('train:cl_opt:weights=[1, 1]', 'train.cl_opt.weights = [1, 1]: expected 5 numbers', 'ch_mult'),
+    ('network_vqgan:ddconfig:ch_mult=[1, 2]', 'train.cl_opt.weights = ', 'expected 2 numbers'),
+    ('train:cl_opt:encoder={type: VQGAN}', 'train.cl_opt.encoder: not used', 'network_vqgan is the encoder'),
+    ('train:logits_opt={type: ContrasLoss}', 'train.logits_opt.encoder: missing', 'pretrain'),
+]
+
+
+@pytest.mark.parametrize(('override', 'start', 'hint'), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_mistakes(override, start, hint, tmp_path):
+    problems = problems_of(dckd(), override)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(start) and hint in problems[0], problems
+    assert not list(tmp_path.glob('experiments/run*')) and not (tmp_path / 'tb_logger').exists()
+
+
+def test_all_problems_at_once():
+    overrides = ['scael=4', 'train:num_neg=-1', 'network_g:type=EDSRR', 'path:pretrain_network_t=no.pth']
+    overrides += ['datasets:train:gt_size=x', 'val:metrics:psnr:type=psnr', 'train:step=[0, 0]']
+    with pytest.raises(options.OptionError) as error:
+        load(dckd(), *overrides)
+    lines = str(error.value).split('\n')
+    assert lines[0] == 'opt.yml: 8 problems' and len(lines) == 9
+    assert sorted(line.split(' = ')[0].strip() for line in lines[1:]) == [
+        'datasets.train.gt_size',
+        'network_g.type',
+        'path.pretrain_network_t',
+        'scael',
+        'train.num_neg',
+        'train.step.0',
+        'train.step.1',
+        'val.metrics.psnr.type',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('removed', 'starts'),
+    [
+        (['network_t'], ['train.logits_opt: needs network_t', 'train.lcr_opt: needs network_t']),
+        (['network_vqgan'], ['train.cl_opt: needs network_vqgan', 'train.ce_opt: needs network_vqgan']),
+        (['train'], ['train.total_iter: missing', 'train.optim_g: missing', 'train: no loss']),
+    ],
+)
+def test_removed_blocks(removed, starts):
+    opt = dckd()
+    for key in removed:
+        del opt[key]
+    problems = problems_of(opt)
+    assert len(problems) == len(starts)
+    for start in starts:
+        assert any(problem.startswith(start) for problem in problems), problems
+
+
+def test_random_networks_are_allowed_where_said():
+    opt = dckd()
+    for name in ('t', 'vqgan'):
+        del opt['path'][f'pretrain_network_{name}']
+        opt[f'network_{name}']['allow_random'] = True
+    assert load(opt)[0]['network_t']['allow_random'] is True
+
+
+def test_no_negatives():
+    assert problems_of(dckd(), 'train:num_neg=0', 'train:neg_clean=false')[0].startswith('train.num_neg = 0: cl_opt')
+
+
+@pytest.mark.parametrize('keep', ['pixel_opt', 'logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt'])
+def test_any_single_loss(keep):
+    opt = dckd()
+    for key in ('pixel_opt', 'logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt'):
+        if key != keep:
+            del opt['train'][key]
+    load(opt)
+
+
+def test_an_encoder_that_nothing_needs_needs_no_file():
+    opt = dckd()
+    del opt['train']['cl_opt'], opt['train']['ce_opt']
+    opt['path']['pretrain_network_vqgan'] = 'no.ckpt'
+    assert any(line.startswith('path.pretrain_network_vqgan = no.ckpt: not used') for line in load(opt)[1])
+
+
+def test_history_is_assumed_with_cl_opt():
+    opt = dckd()
+    del opt['network_his']
+    opt, warnings = load(opt)
+    assert opt['network_his'] is True and any(line.startswith('network_his: true is assumed') for line in warnings)
+
+
+class TestLossesByName:
+    """Our losses as pixel_opt, with an encoder of their own."""
+
+    def block(self, **changes):
+        return {'type': 'ContrasLoss', 'weights': [1] * 5, 'encoder': {**VQGAN, 'pretrain': 'vqgan.ckpt', **changes}}
+
+    def test_good(self):
+        for model in ('SRModel', 'DCKDModel'):
+            opt = dckd()
+            opt['model_type'] = model
+            opt['train']['pixel_opt'] = self.block(param_key='state_dict')
+            load(opt)
+
+    @pytest.mark.parametrize(
+        ('changes', 'start'),
+        [
+            ({'pretrain': None}, 'train.pixel_opt.encoder.pretrain: missing; an encoder needs trained weights'),
+            ({'pretrain': 'no.ckpt'}, 'train.pixel_opt.encoder.pretrain = no.ckpt: no such file'),
+            ({'type': 'VQGANN'}, 'train.pixel_opt.encoder.type = VQGANN: no such arch'),
+            ({'pretrian': 'x'}, 'train.pixel_opt.encoder.pretrian = x: unknown argument of VQGAN'),
+            ({'ddconfig': {**DDCONFIG, 'chh': 1}}, 'train.pixel_opt.encoder.ddconfig.chh = 1: unknown'),
+        ],
+    )
+    def test_bad(self, changes, start):
+        opt = dckd()
+        opt['train']['pixel_opt'] = self.block(**changes)
+        problems = problems_of(opt)
+        assert len(problems) == 1 and problems[0].startswith(start), problems
+
+    def test_random_encoder_where_said(self):
+        opt = dckd()
+        opt['train']['pixel_opt'] = self.block(pretrain=None, allow_random=True)
+        load(opt)
+
+
+class TestOtherModels:
+    def test_unknown_keys_are_warnings(self):
+        warnings = load(esrgan(), 'train:fix_flow=5000', 'network_g:num_feats=1', 'datasets:train:cahce=ram')[1]
+        assert [line.split(' = ')[0] for line in warnings] == [
+            'train.fix_flow',
+            'network_g.num_feats',
+            'datasets.train.cahce',
+        ]
+        assert "did you mean 'num_feat'?" in warnings[1]
+
+    @pytest.mark.parametrize(
+        ('override', 'start'),
+        [
+            ('network_g:type=RRDB', 'network_g.type = RRDB: no such arch'),
+            ('datasets:train:dataroot_gt=none/here', 'datasets.train.dataroot_gt = none/here: no such folder'),
+            ('network_g:upscale=3', 'network_g.upscale = 3: differs from scale = 4'),
+            ('network_d=~', 'network_d: missing; ESRGANModel needs it'),
+            ('train:gan_opt=~', 'train.gan_opt: missing; ESRGANModel needs it'),
+            ('train:optim_d=~', 'train.optim_d: missing; ESRGANModel needs it'),
+            ('train:gan_opt:gan_type=mine', 'train.gan_opt.gan_type = mine: expected vanilla or lsgan'),
+            ('train:optim_d:type=Adan', 'train.optim_d.type = Adan: no such optimiser'),
+        ],
+    )
+    def test_mistakes(self, override, start):
+        problems = problems_of(esrgan(), override)
+        assert len(problems) == 1 and problems[0].startswith(start), problems
+
+    def test_a_default_scale_that_differs(self):
+        opt = esrgan()
+        opt['network_g'] = {'type': 'SwinIR', 'window_size': 8, 'upsampler': 'pixelshuffle'}
+        assert problems_of(opt) == ['network_g.upscale = 2: differs from scale = 4 (the default of SwinIR)']
+
+    def test_swinir_windows(self):
+        opt = dckd()
+        swinir = {'type': 'SwinIR', 'upscale': 4, 'img_size': 48, 'window_size': 8, 'upsampler': 'pixelshuffle'}
+        opt['network_g'] = swinir
+        assert problems_of(opt, 'datasets:train:gt_size=180')[0].startswith('datasets.train.gt_size = 180: expected')
+        assert problems_of(opt, 'network_g:winow_size=8')[0].startswith('network_g.winow_size = 8: unknown argument')
+        assert load(opt, 'val:window_size=~')[0]['val']['window_size'] == 8
+        assert load(opt, 'val:window_size=16')[0]['val']['window_size'] == 16
+        opt['network_t'] = {**swinir, 'window_size': 12}
+        assert load(opt, 'val:window_size=~')[0]['val']['window_size'] == 24
+
+    def test_swinir_that_keeps_the_size(self):
+        opt = esrgan()
+        opt['scale'] = 1
+        opt['network_g'] = {'type': 'SwinIR', 'img_size': [48, 48], 'window_size': 8}
+        load(opt)
+
+
+class TestPerceptualLoss:
+    block = {'type': 'PerceptualLoss', 'layer_weights': {'conv5_4': 1}, 'vgg_type': 'vgg19', 'criterion': 'l1'}
+
+    @pytest.fixture(autouse=True)
+    def hub(self, monkeypatch, tmp_path):
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+
+    def opt(self, **changes):
+        opt = esrgan()
+        opt['train']['perceptual_opt'] = {**self.block, **changes}
+        return opt
+
+    def test_weights_are_missing(self):
+        problem = problems_of(self.opt())[0]
+        assert problem.startswith(
+            'train.perceptual_opt: no weights of vgg19 at experiments/pretrained_models/vgg19-dcbb9e9d'
+        )
+        assert 'https://download.pytorch.org/models/vgg19-dcbb9e9d.pth' in problem and 'hub' in problem
+
+    def test_weights_in_either_place(self, tmp_path):
+        for place in ('experiments/pretrained_models', 'torch/hub/checkpoints'):
+            file = tmp_path / place / 'vgg19-dcbb9e9d.pth'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            load(self.opt())
+            file.unlink()
+
+    @pytest.mark.parametrize(
+        ('changes', 'start'),
+        [
+            ({'layer_weights': {'conv5_5': 1}}, 'train.perceptual_opt.layer_weights.conv5_5: no such layer of vgg19'),
+            ({'layer_weights': 1}, 'train.perceptual_opt.layer_weights = 1: expected'),
+            ({'vgg_type': 'vgg18'}, 'train.perceptual_opt.vgg_type = vgg18: expected one of vgg11'),
+            ({'criterion': 'l2'}, 'train.perceptual_opt.criterion = l2: expected l1 or fro'),
+        ],
+    )
+    def test_mistakes(self, changes, start):
+        Path('experiments/pretrained_models/vgg19-dcbb9e9d.pth').touch()
+        problems = problems_of(self.opt(**changes))
+        assert len(problems) == 1 and problems[0].startswith(start), problems
+
+
+class TestSchedules:
+    cosine = '{type: CosineAnnealingRestartLR, periods: [5, 5], restart_weights: [1, 1], eta_min: 1e-7}'
+
+    def test_good(self):
+        opt = load(dckd(), f'train:scheduler={self.cosine}', 'train:total_iter=10')[0]
+        assert opt['train']['scheduler']['eta_min'] == 1e-7
+        assert load(dckd(), 'train:scheduler=~')[0]['train']['scheduler'] == {'type': 'MultiStepLR', 'milestones': []}
+
+    @pytest.mark.parametrize(
+        ('override', 'start'),
+        [
+            ('train:total_iter=11', 'train.scheduler.periods = [5, 5]: they end before total_iter = 11'),
+            ('train:scheduler:restart_weights=[1]', 'train.scheduler.restart_weights = [1]: expected as many'),
+            ('train:scheduler:periods=10', 'train.scheduler.periods = 10: expected a list of numbers'),
+        ],
+    )
+    def test_mistakes(self, override, start):
+        problems = problems_of(dckd(), f'train:scheduler={self.cosine}', 'train:total_iter=10', override)
+        assert len(problems) == 1 and problems[0].startswith(start), problems
+
+
+class TestDatasets:
+    def test_lmdb(self):
+        folders = ['datasets:train:dataroot_gt=HR.lmdb', 'datasets:train:dataroot_lq=LR.lmdb']
+        load(dckd(), 'datasets:train:io_backend:type=lmdb', *folders)
+        problems = problems_of(dckd(), 'datasets:train:io_backend:type=lmdb', folders[0])
+        assert problems == [
+            'datasets.train.dataroot_lq = LR: expected a folder *.lmdb, because io_backend.type is lmdb'
+        ]
+
+    def test_lists_that_the_wheel_lacks(self):
+        path = 'basicsr/data/meta_info/meta_info_DIV2K800sub_GT.txt'
+        opt, warnings = load(dckd(), f'datasets:train:meta_info_file={path}')
+        assert 'meta_info_file' not in opt['datasets']['train']
+        assert warnings[0].startswith(f'datasets.train.meta_info_file = {path}: not in')
+        Path(path).parent.mkdir(parents=True)
+        Path(path).touch()
+        opt, warnings = load(dckd(), f'datasets:train:meta_info_file={path}')
+        assert opt['datasets']['train']['meta_info_file'] == path and not warnings
+
+    def test_ours_makes_its_lq(self):
+        train = 'datasets:train={type: SRImageDataset, dataroot_gt: HR, gt_size: 192, cache: ram}'
+        data = load(dckd(), train)[0]['datasets']['train']
+        assert data['lq_convention'] == 'uint8' and data['batch_size_per_gpu'] == 16 and data['name'] == 'train'
+        assert problems_of(dckd(), train, 'datasets:train:cache=disk')[0].startswith('datasets.train.cache = disk')
+
+    def test_real_esrgan_needs_its_kernels(self):
+        problems = problems_of(esrgan(), 'datasets:train={type: RealESRGANDataset, dataroot_gt: HR}')
+        assert len(problems) == 15 and 'datasets.train.blur_sigma2: missing; RealESRGANDataset needs it' in problems
+
+    def test_other_classes_keep_their_keys(self):
+        opt = load(esrgan(), 'datasets:train={type: REDSDataset, dataroot_gt: HR, num_frame: 5, random_reverse: false}')
+        assert opt[0]['datasets']['train']['num_frame'] == 5 and not opt[1]
+
+    def test_missing_sets_of_a_test(self):
+        opt = dckd()
+        opt['datasets'] = {
+            'test_1': opt['datasets']['val_1'],
+            'test_2': {**opt['datasets']['val_2'], 'dataroot_gt': 'none/here'},
+        }
+        opt, warnings = load(opt, 'path:pretrain_network_g=teacher.pth', is_train=False)
+        assert 'missing' not in opt['datasets']['test_1']
+        assert opt['datasets']['test_2']['missing'] == 'datasets.test_2.dataroot_gt = none/here: no such folder'
+        assert warnings == ['datasets.test_2.dataroot_gt = none/here: no such folder; skipped']
+
+    def test_sets_of_the_other_kind(self):
+        opt = dckd()
+        opt['datasets']['test_1'] = opt['datasets'].pop('val_1')
+        loaded, warnings = load(opt)
+        assert list(loaded['datasets']) == ['train', 'val_2']
+        assert warnings == ['datasets.test_1: not used in training']
+        loaded, warnings = load(opt, 'path:pretrain_network_g=teacher.pth', is_train=False)
+        assert list(loaded['datasets']) == ['val_2', 'test_1'] and warnings == ['datasets.train: not used in a test']
+
+
+class TestCodebooks:
+    def test_good(self):
+        train = load(vqgan())[0]['train']
+        assert train['codebook_decay'] == 0.99 and train['restart_after'] == 256
+
+    @pytest.mark.parametrize(
+        ('override', 'start'),
+        [
+            ('network_g:decoder=false', 'network_g: expected a VQGAN with decoder: true'),
+            ('train:commit_opt=~', 'train.commit_opt: missing; VQGANModel needs it'),
+            ('train:cl_opt={type: ContrasLoss}', 'train.cl_opt = '),
+            ('train:codebook_decay=2', 'train.codebook_decay = 2: expected'),
+            ('datasets:train:gt_size=200', 'datasets.train.gt_size = 200: expected a multiple of 16'),
+        ],
+    )
+    def test_mistakes(self, override, start):
+        problems = problems_of(vqgan(), override)
+        assert len(problems) == 1 and problems[0].startswith(start), problems
+
+
+def test_registered_types_have_no_suffix():
+    types = option_checks.known_types(options.MODEL_REGISTRY)
+    assert 'RealESRNetModel' in types and all(not name.endswith('_basicsr') for name in types)
+
+
+def test_tables_name_real_things():
+    models = option_checks.known_types(options.MODEL_REGISTRY)
+    datasets = option_checks.known_types(option_checks.DATASET_REGISTRY)
+    assert set(option_keys.MODELS) <= set(models)
+    assert set(option_keys.DATASETS) <= set(datasets) and set(option_keys.DATASET_NEEDS) == set(option_keys.DATASETS)
+    ours = {name for name, cls in models.items() if cls.__module__.startswith('dckd_sr')}
+    assert ours <= set(option_keys.MODELS)
+    for kind, needs in option_keys.DATASET_NEEDS.items():
+        assert {key for group in needs for key in group} <= set(option_keys.DATASETS[kind].model_fields)
+    for where in option_keys.FEATURE_LOSSES:
+        assert where.split('.')[1] in option_keys.DCKDTrain.model_fields
+
+
+def test_ddconfig_of_the_public_codebook():
+    vqgan_arch._parse_ddconfig(DDCONFIG)

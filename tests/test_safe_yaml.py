@@ -1,0 +1,81 @@
+"""YAML without code, with the numbers that people write."""
+
+import math
+
+import pytest
+
+from dckd_sr import safe_yaml
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('1e-4', 1e-4),
+        ('5e3', 5000.0),
+        ('-1E+2', -100.0),
+        ('.5e1', 5.0),
+        ('255.', 255.0),
+        ('!!float 1e-4', 1e-4),
+        ('!!float 5e3', 5000.0),
+        ('-1', -1),
+        ('.inf', math.inf),
+        ('~', None),
+        ('true', True),
+        ("'1e-4'", '1e-4'),
+        ('1e', '1e'),
+        ('e5', 'e5'),
+        ('2024-01-31', '2024-01-31'),
+        ('[1, 1e-3, a]', [1, 1e-3, 'a']),
+        ('{a: {b: 1}}', {'a': {'b': 1}}),
+        ('a: &x {k: 1}\nb: {<<: *x, j: 2}', {'a': {'k': 1}, 'b': {'k': 1, 'j': 2}}),
+        ('a: &x {k: 1}\nb: {<<: *x, k: 2}', {'a': {'k': 1}, 'b': {'k': 2}}),
+        ('', None),
+        ('# only a comment', None),
+    ],
+)
+def test_values(text, value):
+    result = safe_yaml.parse(text)
+    assert result == value and type(result) is type(value)
+
+
+def test_aliases_are_copies():
+    value = safe_yaml.parse('a: &x {k: [1]}\nb: *x')
+    value['a']['k'].append(2)
+    assert value['b'] == {'k': [1]}
+
+
+@pytest.mark.parametrize(
+    ('text', 'problems'),
+    [
+        (
+            "a: 1\nb: !!python/object/apply:os.system ['touch hacked']",
+            ['line 2: the tag !!python/object/apply:os.system'],
+        ),
+        ('a: !!python/name:os.system', ['line 1: the tag !!python/name:os.system']),
+        ('a: !mine 1\nb: !!set {x}', ['line 1: the tag !mine', 'line 2: the tag !!set']),
+        ('a: 1\nb:\n  c: 1\n  c: 2\na: 3', ["line 5: the key 'a' is already set in line 1", "line 4: the key 'c'"]),
+        ('1: a', ["line 1: the key '1' is not text"]),
+        ('on: a', ["line 1: the key 'on' is not text"]),
+        ('[a]: 1', ['line 1: the key']),
+        ('a: !!float b', ["line 1: 'b' is not of the type !!float"]),
+        ('a: !!int 1.5', ["line 1: '1.5' is not of the type !!int"]),
+        ('a: &x [*x]', ['line 1: this block contains itself']),
+        ('a: 1\n\tb: 2', ['line 2, column 1']),
+        ('a: [1, 2\nb: 3', ['line 2']),
+        ('a: 1\n---\nb: 2', ['line 2']),
+        ('a: \x00', ['']),
+    ],
+)
+def test_refused(text, problems, tmp_path):
+    with pytest.raises(safe_yaml.YAMLError) as error:
+        safe_yaml.parse(text)
+    assert len(error.value.problems) == len(problems)
+    for problem in problems:
+        assert any(line.startswith(problem) for line in error.value.problems), error.value.problems
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dump_and_parse_are_inverse():
+    value = {'b': 1e-7, 'a': [1, None, True, '1e-4', 'é', '~', 'on', '{}x4'], 'c': {}}
+    text = safe_yaml.dump(value)
+    assert safe_yaml.parse(text) == value and list(safe_yaml.parse(text)) == ['b', 'a', 'c']
