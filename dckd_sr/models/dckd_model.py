@@ -1,0 +1,137 @@
+"""DCKD: Dynamic Contrastive Knowledge Distillation for Efficient Image Restoration (AAAI 2025)."""
+
+import torch
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from dckd_sr.encoder import build_encoder
+from dckd_sr.models.kd_model import KDModel
+from dckd_sr.ops import augment
+from dckd_sr.ops.degradations import Degradation, degrade
+from dckd_sr.ops.history import average_, update_interval
+
+
+@MODEL_REGISTRY.register()
+class DCKDModel(KDModel):
+    """L = L_rec + L_kd + w_dcl L_dcl + w_ce L_ce (Eq. 10), and the released code's label consistency L_lcr.
+
+    Options of the released code: ``network_his``, ``network_vqgan`` and its paths; ``train.logits_opt``, ``lcr_opt`` with
+    ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``, ``gaussian_blur_prob`` (1 where
+    absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where absent). Ours, for the printed paper
+    where it differs: ``neg_clean`` (true: the clean LQ is one more negative), ``history_from`` ('ema' or 'student'),
+    ``step_period`` (100000). Any subset of the losses works, and so does ``ema_decay: 0``.
+    """
+
+    def __init__(self, opt):
+        self.net_his = self.net_vqgan = None
+        super().__init__(opt)
+
+    def init_training_settings(self):
+        super().init_training_settings()
+        train_opt = self.opt['train']
+        self.cri_lcr = self.build_criterion('lcr_opt')
+        self.cri_cl = self.build_criterion('cl_opt')
+        self.cri_ce = self.build_criterion('ce_opt')
+        self.lcr_prob = (train_opt.get('noisy') or {}).get('prob', 0.5)
+        self.num_neg = train_opt.get('num_neg', 4)
+        self.neg_clean = train_opt.get('neg_clean', True)
+        self.degradation = Degradation(
+            blur_prob=train_opt.get('gaussian_blur_prob', 1.0),
+            resize_prob=train_opt.get('resize_prob', 0),
+            noise_prob=train_opt.get('gaussian_noise_prob', 0),
+            gray_prob=train_opt.get('gray_noise_prob', 0),
+        )
+        self.update_decay = train_opt.get('update_decay', 0.1)
+        self.step = train_opt.get('step') or [1000, 2000, 3000]
+        self.step_period = train_opt.get('step_period', 100000)
+        if self.opt.get('network_his', self.cri_cl is not None):
+            self.net_his = self.build_frozen(self.opt['network_g'])
+            average_(self.net_his, self.history_source(), 0)
+        if self.cri_cl is not None or self.cri_ce is not None:
+            paths = self.opt['path']
+            self.net_vqgan = build_encoder(
+                self.opt['network_vqgan'], paths.get('pretrain_network_vqgan'), paths.get('param_key_vqgan')
+            ).to(self.device)
+
+    def history_source(self):
+        """What the history network follows: the student's EMA as released, or the student as printed (Eq. 6)."""
+        if self.ema_decay > 0 and self.opt['train'].get('history_from', 'ema') == 'ema':
+            return self.net_g_ema
+        return self.get_bare_model(self.net_g)
+
+    def terms(self, current_iter):
+        student = self.net_g(self.lq)  # I_S
+        teacher, consistent = self.teach(current_iter)  # I_T
+        terms = self.image_terms(student, teacher)  # L_rec, L_kd
+        if self.cri_lcr is not None:
+            terms['l_lcr'] = self.cri_lcr(student, consistent)
+        if self.net_vqgan is not None:
+            s, t, negatives = self.encode(student, teacher, current_iter)  # f^S, f^T, f^Neg
+            if self.cri_cl is not None:
+                terms['l_cl'] = self.cri_cl.from_levels(s.levels, t.levels, negatives)  # Eq. 5
+            if self.cri_ce is not None:
+                terms['l_ce'] = self.cri_ce.from_logits(s.logits, t.logits)  # Eq. 9
+        return terms
+
+    def first_index(self, current_iter):
+        """Index of this rank's first sample among all samples of the run: draws depend on it, not on the rank."""
+        return ((current_iter - 1) * self.opt['world_size'] + self.opt['rank']) * len(self.lq)
+
+    @torch.no_grad()
+    def teach(self, current_iter):
+        """The teacher's output T(x), and F^-1(T(F(x))) for random invertible augmentations F where lcr is on."""
+        if self.net_t is None:
+            return self.gt, self.gt
+        if self.cri_lcr is None:
+            return self.net_t(self.lq), None
+        seed = self.opt.get('manual_seed') or 0
+        flags = augment.draw_flags(self.lcr_prob, len(self.lq), seed, current_iter, self.first_index(current_iter))
+        output, augmented = self.net_t(torch.cat([self.lq, augment.augment(self.lq, flags)])).chunk(2)
+        return output, augment.invert(augmented, flags)
+
+    @torch.no_grad()
+    def negatives(self, current_iter):
+        """Outputs of the history network on the clean and the degraded inputs, one after the other along the batch."""
+        seed = self.opt.get('manual_seed') or 0
+        inputs = [self.lq] if self.neg_clean else []
+        if self.num_neg > 0:
+            first = self.first_index(current_iter)
+            inputs.append(degrade(self.lq, self.num_neg, self.degradation, seed, current_iter, first))
+        return self.net_his(torch.cat(inputs))
+
+    def encode(self, student, teacher, current_iter):
+        """Encoder levels and code distributions: one pass with gradient for the student, one without for the rest."""
+        contrast, codes = self.cri_cl is not None, self.cri_ce is not None
+        frozen = [teacher, self.negatives(current_iter)] if contrast else [teacher]
+        batch = len(teacher)
+        with torch.no_grad():
+            rest = self.net_vqgan(torch.cat(frozen), levels=contrast, codes=batch if codes else 0)
+        s = self.net_vqgan(student, levels=contrast, codes=batch if codes else 0)
+        t = rest._replace(levels=[level[:batch] for level in rest.levels] if contrast else None)
+        return s, t, [level[batch:] for level in rest.levels] if contrast else None
+
+    def optimize_parameters(self, current_iter):
+        super().optimize_parameters(current_iter)
+        if self.net_his is not None and current_iter % update_interval(self.step, current_iter, self.step_period) == 0:
+            average_(self.net_his, self.history_source(), self.update_decay)
+
+    def get_current_log(self):
+        log = super().get_current_log()
+        if self.cri_cl is not None:
+            left_out = self.cri_cl.report().get('guarded', 0)
+            if left_out:
+                log['cl_levels_left_out'] = left_out
+        return log
+
+    def extra_state(self):
+        """What a training state must hold besides BasicSR's entries: the history network."""
+        return {} if self.net_his is None else {'net_his': self.net_his.state_dict()}
+
+    def load_extra_state(self, state):
+        if self.net_his is None:
+            return
+        if 'net_his' in state:
+            self.net_his.load_state_dict(state['net_his'])
+        else:
+            average_(self.net_his, self.history_source(), 0)
+            get_root_logger().warning('The training state has no history network: it starts as a copy of the student.')

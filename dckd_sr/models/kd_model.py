@@ -1,0 +1,105 @@
+"""A student and a frozen teacher: building, the training step, saving. Methods differ in ``terms()`` alone."""
+
+from collections import OrderedDict
+
+import torch
+from basicsr.archs import build_network
+from basicsr.losses import build_loss
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from dckd_sr import checkpoint
+from dckd_sr.ops.history import average_
+
+
+@MODEL_REGISTRY.register()
+class KDModel(SRModel):
+    """Knowledge distillation by outputs: |S(x) - y| + w |S(x) - T(x)| (Eqs. 2 and 3 of the DCKD paper).
+
+    Options beyond SRModel's: ``network_t`` with ``path.pretrain_network_t``, ``param_key_t``, ``strict_load_t``;
+    ``train.logits_opt``. Without a teacher the ground truth stands in for its output.
+    """
+
+    def __init__(self, opt):
+        for key, value in (('dist', False), ('rank', 0), ('world_size', 1), ('num_gpu', 'auto'), ('is_train', True)):
+            opt.setdefault(key, value)
+        opt.setdefault('path', {})
+        self.net_t = None
+        super().__init__(opt)
+
+    def init_training_settings(self):
+        train_opt = self.opt['train']
+        self.net_g.train()
+        self.ema_decay = train_opt.get('ema_decay', 0)
+        if self.ema_decay > 0:
+            self.net_g_ema = self.build_frozen(self.opt['network_g'])
+            average_(self.net_g_ema, self.get_bare_model(self.net_g), 0)
+            path = self.opt['path'].get('pretrain_network_g')
+            if path is not None:
+                strict = self.opt['path'].get('strict_load_g', True)
+                checkpoint.load_network(self.net_g_ema, path, strict, 'params_ema')
+        if self.opt.get('network_t') is not None:
+            self.net_t = self.build_frozen(self.opt['network_t'])
+            path = self.opt['path'].get('pretrain_network_t')
+            if path is not None:
+                strict, key = self.opt['path'].get('strict_load_t', True), self.opt['path'].get('param_key_t')
+                checkpoint.load_network(self.net_t, path, strict, key)
+            else:
+                get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
+        self.cri_pix = self.build_criterion('pixel_opt')
+        self.cri_perceptual = self.build_criterion('perceptual_opt')
+        self.cri_logits = self.build_criterion('logits_opt')
+        self.setup_optimizers()
+        if train_opt.get('scheduler') is not None:
+            self.setup_schedulers()
+
+    def build_frozen(self, network_opt):
+        """A network without gradients, in eval mode; torch's generator stays where it was, because it is the student's."""
+        network_opt = {key: value for key, value in network_opt.items() if key != 'allow_random'}
+        with torch.random.fork_rng(devices=[]):
+            net = build_network(network_opt)
+        return net.to(self.device).eval().requires_grad_(False)
+
+    def build_criterion(self, key):
+        """The loss of ``train.<key>`` on the device, or None."""
+        loss_opt = self.opt['train'].get(key)
+        return None if loss_opt is None else build_loss(loss_opt).to(self.device)
+
+    def feed_data(self, data):
+        self.lq = data['lq'].to(self.device, non_blocking=True)
+        if 'gt' in data:
+            self.gt = data['gt'].to(self.device, non_blocking=True)
+
+    def terms(self, current_iter):
+        """The weighted losses of this iteration.
+
+        Returns:
+            dict: log name -> 0-d tensor; their sum is minimised.
+        """
+        student = self.net_g(self.lq)
+        with torch.no_grad():
+            teacher = self.gt if self.net_t is None else self.net_t(self.lq)
+        return self.image_terms(student, teacher)
+
+    def image_terms(self, student, teacher):
+        """The losses that compare images: l_pix, l_percep and l_style against GT, l_ts against the teacher."""
+        terms = OrderedDict()
+        if self.cri_pix is not None:
+            terms['l_pix'] = self.cri_pix(student, self.gt)
+        if self.cri_perceptual is not None:
+            for name, value in zip(('l_percep', 'l_style'), self.cri_perceptual(student, self.gt)):
+                if value is not None:
+                    terms[name] = value
+        if self.cri_logits is not None:
+            terms['l_ts'] = self.cri_logits(student, teacher)
+        return terms
+
+    def optimize_parameters(self, current_iter):
+        self.optimizer_g.zero_grad()
+        terms = self.terms(current_iter)
+        sum(terms.values()).backward()
+        self.optimizer_g.step()
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+        self.log_dict = self.reduce_loss_dict(terms)
