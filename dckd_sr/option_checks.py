@@ -107,20 +107,20 @@ def validate(model, data, report, where=''):
         dict: plain values; the given keys first, in their order; unknown keys stay.
     """
     data, unknown = copy.deepcopy(data), []
-    while True:
-        try:
-            result = _plain(model.model_validate(data), data)
-            break
-        except ValidationError as error:
-            for problem in error.errors(include_url=False):
-                path = '.'.join([where] * bool(where) + [str(key) for key in problem['loc']])
-                block, section, key = _locate(data, model, problem['loc'])
-                if problem['type'] == 'extra_forbidden':
-                    report.unknown(path, problem['input'], section.model_fields)
-                    unknown.append((problem['loc'], problem['input']))
-                else:
-                    report.error(path, _expected(problem), problem['input'])
-                block.pop(key, None)
+    try:
+        valid = model.model_validate(data)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        for problem, (block, section, key) in [(p, _locate(data, model, p['loc'])) for p in found]:
+            path = '.'.join([where] * bool(where) + [str(key) for key in problem['loc']])
+            if problem['type'] == 'extra_forbidden':
+                report.unknown(path, problem['input'], section.model_fields)
+                unknown.append((problem['loc'], problem['input']))
+            else:
+                report.error(path, _expected(problem), problem['input'])
+            block.pop(key, None)
+        valid = model.model_validate(data)
+    result = _plain(valid, data)
     for loc, value in unknown:
         block = result
         for key in loc[:-1]:
@@ -160,7 +160,7 @@ def _plain(section, given):
     return result
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def file_model(spec, is_train):
     """The pydantic model of whole files of a model type, without `datasets`, and the keys of each section of it."""
     paths = {'resume_state': (Optional[keys.PathName], None)}
@@ -182,7 +182,7 @@ def file_model(spec, is_train):
     return model, homes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def dataset_model(kind, in_training):
     """The pydantic model of a dataset block."""
     model = keys.DATASETS.get(kind, keys.OtherDataset)
@@ -295,7 +295,7 @@ def _argument_problem(parameter, value, values):
     if isinstance(default, bool):
         return None if value in (True, False) else 'expected true or false'
     counts = default is parameter.empty and re.match(
-        r'(num|n|in|out)_|(upscale|scale|resolution|embed_dim|ch|lr)$', parameter.name
+        r'num_|(in|out)_ch|(n_embed|embed_dim|upscale|scale|resolution|ch)$', parameter.name
     )
     if counts or isinstance(default, (int, float)):
         fine = _numbers([value]) or (parameter.name.endswith('_size') and _numbers(value))

@@ -372,12 +372,14 @@ CHANNEL_KEYS = {
 UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam', 'Muon')
 # Where things that option files name come from: the pages of the projects themselves.
 DATA_SOURCES = {
+    r'datasets.demo': 'make demo, which writes it',
     'DIV2K': 'https://data.vision.ee.ethz.ch/cvl/DIV2K/, see datasets/README.md',
     'DF2K|Flickr2K|Set5|Set14|B100|BSD|Urban100|Manga109': (
         'https://github.com/XPixelGroup/BasicSR/blob/master/docs/DatasetPreparation.md, see datasets/README.md'
     ),
 }
 WEIGHT_SOURCES = {
+    r'pretrained_models.demo': 'the repository, which holds it',
     'VQGAN': 'https://github.com/CompVis/taming-transformers#overview-of-pretrained-models (ImageNet f=16, 1024)',
     'SwinIR': 'https://github.com/JingyunLiang/SwinIR/releases',
     'EDSR|RCAN|MSR|ESRGAN|RRDB': 'https://github.com/XPixelGroup/BasicSR/blob/master/docs/ModelZoo.md',

@@ -77,7 +77,7 @@ def is_yaml(text):
 
 def dump(value):
     """Plain values as YAML, in the given order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
 def _problems(node, loader, parents):
