@@ -1,0 +1,223 @@
+"""Test networks on any number of sets: ``python dckd_sr/test.py -opt options/test_edsr_x4.yml --with_teacher``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+if __name__ == '__main__':
+    # Run as a file, Python puts this folder first on the path, where this test.py hides the standard library's `test`.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or '.').resolve() != Path(__file__).resolve().parent]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+try:
+    import dckd_sr  # noqa: F401  (everything registers)
+except ImportError as error:
+    raise SystemExit(f'error: {error}') from error
+
+from basicsr.archs import build_network
+from basicsr.utils import get_env_info, get_time_str
+from basicsr.utils.options import dict2str
+
+from dckd_sr import checkpoint, logs, options
+from dckd_sr.data import build_val_loader
+from dckd_sr.errors import UserError
+from dckd_sr.evaluation import bicubic, evaluate, format_table, format_value, write_results
+
+
+def main(argv=None):
+    """Command line entry point.
+
+    Returns:
+        exit code: 0 done, 2 a mistake in options, paths or images (one message, no traceback), 130 interrupted.
+    """
+    try:
+        opt, args, notes = options.parse(sys.argv[1:] if argv is None else argv, is_train=False, command=parser())
+        if args.launcher != 'none' and int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) > 0:
+            return 0  # one process tests
+        test(opt, args, notes)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argparse: --help, or an unknown flag
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser():
+    """The command line of `options.parser`, and what only tests know."""
+    result = options.parser(is_train=False)
+    result.add_argument('--with_teacher', action='store_true', help="add network_t's row (path.pretrain_network_t)")
+    baseline = result.add_mutually_exclusive_group()
+    baseline.add_argument('--bicubic', action='store_true', help="add bicubic's row, the default where scale > 1")
+    baseline.add_argument('--no_bicubic', action='store_true', help="leave bicubic's row out")
+    result.add_argument('--save_img', action='store_true', help='save the images, as val.save_img: true does')
+    result.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: a GPU if there is one and num_gpu is not 0')
+    return result
+
+
+def test(opt, args, notes=()):
+    """Run the test that a resolved option dict describes: networks x sets -> table, files and, if asked, images.
+
+    Args:
+        opt: see `options.parse`; reads datasets, network_g, network_t, path, val, scale, num_gpu, name.
+        args: with_teacher, bicubic, no_bicubic, save_img, device, see `parser`.
+        notes: warnings for the log.
+
+    Returns:
+        network -> set -> `evaluation.Result`.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
+    logs.start()
+    device = _device(args.device, opt)
+    found, missing = _split_sets(opt['datasets'])
+    if not found:
+        raise UserError('\n'.join(['there is no set to test on:', *(f'  {line}' for line in missing.values())]))
+    # One line per skipped set is enough.
+    skipped = tuple(f'datasets.{key}.' for key in missing)
+    notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
+    loaders = {name: build_val_loader(opt, name) for name in found}
+    networks = _networks(opt, args, device)
+
+    root = Path(opt['path']['results_root'])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write to {root}: {error}') from error
+    logger = logs.start(root / f'test_{opt["name"]}_{get_time_str()}.log')
+    logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
+    for note in notes:
+        logger.warning(note)
+
+    val, scale = opt.get('val') or {}, opt.get('scale', 1)
+    metrics, save_img = val.get('metrics') or {}, args.save_img or val.get('save_img', False)
+    if not metrics and not save_img:
+        logger.warning('val.metrics is empty and no image is saved: set val.metrics or pass --save_img')
+    results = {}
+    for network, (net, window_size, suffix) in networks.items():
+        results[network] = {}
+        for key, loader in loaders.items():
+            set_name = opt['datasets'][key].get('name', key)
+            result = evaluate(
+                net,
+                loader,
+                scale=scale,
+                metrics=metrics,
+                device=device,
+                window_size=window_size,
+                tile_size=val.get('tile_size'),
+                tile_overlap=val.get('tile_overlap'),
+                save_dir=Path(opt['path']['visualization']) / set_name if save_img else None,
+                suffix=suffix,
+                progress=True,
+            )
+            results[network][set_name] = result
+            scores = [f'{name} {format_value(name, value)}' for name, value in result.means.items()]
+            seconds = sum(row['seconds'] for row in result.rows) / len(result.rows)
+            logger.info(
+                ', '.join([f'{network} on {set_name}: {len(result.rows)} images', *scores, f'{seconds:.3f} s/image'])
+            )
+            for note in result.notes:
+                logger.warning(f'{network} on {set_name}: {note}')
+
+    paths = write_results(root, results, _about(opt, results, metrics, missing))
+    logger.info('Results:\n' + format_table(results))
+    logger.info(f'Written to {root}: ' + ', '.join(path.name for path in paths))
+    if save_img:
+        logger.info(f'Images in {opt["path"]["visualization"]}')
+    return results
+
+
+def _device(name, opt):
+    """The device asked for, else a GPU if there is one and num_gpu is not 0."""
+    if name is None:
+        return torch.device('cuda' if opt.get('num_gpu', 1) != 0 and torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from error
+
+
+def _split_sets(datasets):
+    """Keys of the sets to test on (test*, or val* of a training file), and key -> what is missing of the others."""
+    for phase in ('test', 'val'):
+        keys = [key for key in datasets if key.split('_')[0] == phase]
+        if keys:
+            break
+    else:
+        raise UserError('datasets: no entry named test, test_1, ... (or val, val_1, ...)')
+    found, missing = [], {}
+    for key in keys:
+        if datasets[key].get('missing') is None:
+            found.append(key)
+        else:
+            # GT and LQ of a set come from the same place: that is said once.
+            reason = '; '.join(dict.fromkeys(datasets[key]['missing'].split('; ')))
+            missing[key] = f'{datasets[key].get("name", key)} is skipped: {reason}'
+    return found, missing
+
+
+def _networks(opt, args, device):
+    """label -> (network, window size, suffix of its images), in the table's order."""
+    networks, val = {}, opt.get('val') or {}
+    suffix = f'_{val.get("suffix") or opt["name"]}'  # BasicSR's
+    scale = opt.get('scale', 1)
+    if args.bicubic and scale == 1:
+        raise UserError('--bicubic: scale is 1, there is nothing to enlarge')
+    if scale > 1 and not args.no_bicubic:
+        networks['bicubic'] = bicubic(scale), None, f'{suffix}_bicubic'
+    labels = {'g': ('student', suffix), 't': ('teacher', f'{suffix}_teacher')}
+    for letter in ('g', 't') if args.with_teacher else ('g',):
+        label, ending = labels[letter]
+        net = _network(opt, letter).to(device)
+        networks[label] = net, val.get('window_size') or opt[f'network_{letter}'].get('window_size'), ending
+    return networks
+
+
+def _network(opt, letter):
+    """network_g or network_t in eval mode with its weights; the log says which entry of the file was used."""
+    network_opt, path_opt = opt.get(f'network_{letter}'), opt.get('path') or {}
+    if not network_opt:
+        raise UserError(f'network_{letter} is missing' + (', --with_teacher needs it' if letter == 't' else ''))
+    path = path_opt.get(f'pretrain_network_{letter}')
+    if path is None:
+        hint = ''
+        trained = Path('experiments') / opt['name'] / 'models' / 'net_g_latest.pth'
+        if letter == 'g' and trained.is_file():
+            hint = f'; add --force_yml path:pretrain_network_g={trained}'
+        raise UserError(f'path.pretrain_network_{letter} is not set: there are no weights to test{hint}')
+    report = options.Report()
+    if not options.check_file(report, f'path.pretrain_network_{letter}', path):
+        raise options.OptionError(report.problems)
+    network_opt = {key: value for key, value in deepcopy(network_opt).items() if key != 'allow_random'}
+    try:
+        net = build_network(network_opt)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f'network_{letter}: {message}') from error
+    strict, key = path_opt.get(f'strict_load_{letter}', True), path_opt.get(f'param_key_{letter}')
+    checkpoint.load_network(net, path, strict, key)
+    return net.eval().requires_grad_(False)
+
+
+def _about(opt, results, metrics, missing):
+    """Lines under the table: which weights, which protocol, which sets are not in it."""
+    labels = {'student': 'g', 'teacher': 't'}
+    lines = [f'{name}: {opt["path"][f"pretrain_network_{labels[name]}"]}' for name in results if name in labels]
+    for name, metric_opt in metrics.items():
+        arguments = ', '.join(f'{key} {value}' for key, value in metric_opt.items() if key != 'type')
+        lines.append(f'{name}: {metric_opt["type"]}' + (f' ({arguments})' if arguments else ''))
+    if missing:
+        lines.append('not there: ' + ', '.join(opt['datasets'][key].get('name', key) for key in missing))
+    return lines
+
+
+if __name__ == '__main__':
+    sys.exit(main())
