@@ -187,7 +187,7 @@ class VQGANModel(SRModel):
         get_root_logger().info(
             f'Validation {name}: {used} of {codes} codes used ({used / codes:.1%}), perplexity {spread:.1f}'
         )
-        if tb_logger:
+        if tb_logger is not None:
             tb_logger.add_scalar(f'metrics/{name}/code_usage', used / codes, current_iter)
             tb_logger.add_scalar(f'metrics/{name}/perplexity', spread, current_iter)
 
