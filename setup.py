@@ -22,6 +22,7 @@ setup(
         'torchvision>=0.19',
         'numpy>=1.24',
         'opencv-python>=4.8',
+        'lmdb>=1.4',
         'pydantic>=2.5',
         'PyYAML>=6.0',
         'safetensors>=0.4.3',

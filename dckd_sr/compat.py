@@ -139,7 +139,9 @@ def name_registry_entries():
         for known in (name, f'{name}_{suffix}'):
             if known in self._obj_map:
                 return self._obj_map[known]
-        raise KeyError(f"no {self._name} named '{name}'{nearest(name, self._obj_map)}; known: {', '.join(self._obj_map)}")
+        raise KeyError(
+            f"no {self._name} named '{name}'{nearest(name, self._obj_map)}; known: {', '.join(self._obj_map)}"
+        )
 
     Registry.get = get
 

@@ -13,6 +13,9 @@ from tqdm import tqdm
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s: %(message)s')
 
 
+FILE_ONLY = {'file_only': True}  # as `extra` of a log call: a line too long for the terminal
+
+
 class _Stream(logging.Handler):
     def emit(self, record):
         tqdm.write(self.format(record))
@@ -35,6 +38,7 @@ def start(log_file=None, bar=False):
         if handler not in earlier:
             handler.close()
     stream = _Stream()
+    stream.addFilter(lambda record: not getattr(record, 'file_only', False))
     if bar:
         # MessageLogger logs from its __call__.
         stream.addFilter(lambda record: record.funcName != '__call__')

@@ -30,8 +30,7 @@ from basicsr.utils.logger import init_tb_logger, init_wandb_logger
 from basicsr.utils.options import dict2str
 
 from dckd_sr.data import build_train_loader, build_val_loaders
-from dckd_sr.evaluation import bicubic, score, tensor2bgr
-from dckd_sr.inference import infer
+from dckd_sr.evaluation import bicubic, evaluate
 
 
 def main(argv=None):
@@ -46,6 +45,8 @@ def main(argv=None):
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    except SystemExit as stop:  # argparse: --help, or an unknown flag
+        return stop.code or 0
     except KeyboardInterrupt:
         print('interrupted; continue with --auto_resume', file=sys.stderr)
         return 130
@@ -80,7 +81,7 @@ def train(opt, args, notes=()):
 
     make_folders(opt, args.opt, keep=state is not None)
     logger = logs.start(Path(opt['path']['log']) / f'train_{opt["name"]}_{get_time_str()}.log', bar)
-    logger.info(get_env_info().strip('\n') + dict2str(opt))
+    logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
     for note in notes:
         logger.warning(note)
     tb_logger = start_dashboards(opt)
@@ -231,22 +232,13 @@ def look_first(model, val_loaders, opt):
         'teacher': model.net_t,
         'student': model.get_bare_model(model.net_g),
     }
-    lq, gt = batch['lq'].to(model.device), tensor2bgr(batch['gt'])
+    image = Path(batch['lq_path'][0]).name
+    sizes = {key: opt['val'].get(key) for key in ('window_size', 'tile_size', 'tile_overlap')}
     psnr = {}
     for name, net in nets.items():
-        if net is None:
-            continue
-        training = getattr(net, 'training', False)
-        if isinstance(net, torch.nn.Module):
-            net.eval()
-        with torch.no_grad():
-            output = infer(
-                net, lq, scale, **{key: opt['val'].get(key) for key in ('window_size', 'tile_size', 'tile_overlap')}
-            )
-        if training:
-            net.train()
-        psnr[name] = score(tensor2bgr(output), gt, {'psnr': metric})['psnr']
-    image = Path(batch['lq_path'][0]).name
+        if net is not None:
+            result = evaluate(net, [batch], scale=scale, metrics={'psnr': metric}, device=model.device, **sizes)
+            psnr[name] = result.means.get('psnr', math.nan)
     logs.logging.getLogger('basicsr').info(
         f'First look, PSNR of {image}: ' + ', '.join(f'{name} {value:.2f} dB' for name, value in psnr.items())
     )

@@ -372,6 +372,12 @@ def test_storages_have_the_size_they_claim(tmp_path, count, storage, zipped):
         load(path)
 
 
+def test_one_byte_does_not_fill_a_storage(tmp_path):
+    path = crafted(tmp_path, tensor_program((4,), (1,)), [('0', b'x')])
+    with pytest.raises(UserError, match='has 1 bytes where 16 are expected'):
+        load(path)
+
+
 def test_many_storages_cannot_ask_for_more_than_the_file(tmp_path):
     programs = tensor_program((1,), (1,), count=10**6)
     with pytest.raises(UserError, match='larger than the file'):

@@ -172,8 +172,7 @@ class DynamicContrastiveLoss(nn.Module):
         # A NaN compares false and stays in the sum, where it is seen.
         left_out = denominators.detach() < (_LEAST if self.guard else 0) * magnitudes
         # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
-        ratios = numerators / (denominators.masked_fill(left_out, 1) + _EPS)
-        ratios = ratios.masked_fill(left_out, 0)
+        ratios = (numerators / (denominators + _EPS)).masked_fill(left_out, 0)
         self._log(numerators.detach(), denominators.detach(), left_out.sum())
         return self.loss_weight * sum(weight * ratio for weight, ratio in zip(self.weights, ratios.unbind()))
 

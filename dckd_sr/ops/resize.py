@@ -81,8 +81,7 @@ def _round(values, dtype):
 @lru_cache(maxsize=64)
 def _contributions(length, scale):
     """Weights and 0-based input indices, both (output length, taps)."""
-    # 1e-9: 5 * 0.2 and the like may end up a rounding error above the integer.
-    out_length = math.ceil(length * scale - 1e-9)
+    out_length = math.ceil(length * scale)
     width = 4 / min(scale, 1)
     # Position of every output pixel on the input's axis, pixels counted from 1 as MATLAB does.
     centre = np.arange(1, out_length + 1) / scale + 0.5 * (1 - 1 / scale)

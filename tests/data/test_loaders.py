@@ -1,4 +1,6 @@
+import gc
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -29,7 +31,7 @@ if 'ThreadsOfOpenCV' not in DATASET_REGISTRY:
         def __getitem__(self, index):
             if self.opt.get('die'):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return {'threads': cv2.getNumThreads(), 'pid': os.getpid()}
+            return {'threads': cv2.getNumThreads(), 'pid': os.getpid(), 'draw': random.random()}
 
 
 @pytest.fixture
@@ -155,6 +157,28 @@ def test_opencv_has_no_threads_of_its_own_in_workers(opt):
     opt['datasets']['train'].update(type='ThreadsOfOpenCV', num_worker_per_gpu=1)
     (batch,) = take(build_train_loader(opt, 3)[0], 1)
     assert batch['pid'][0] != os.getpid() and set(batch['threads'].tolist()) <= {0, 1}
+
+
+def test_the_seed_reaches_the_samples(opt):
+    opt['datasets']['train'].update(type='ThreadsOfOpenCV')
+    draws = [take(build_train_loader(opt, seed)[0], 1)[0]['draw'].tolist() for seed in (3, 4)]
+    assert not set(draws[0]) & set(draws[1])
+
+
+def test_after_an_error_the_workers_end_at_once(opt, tmp_path):
+    """torch's error holds its iterator in a ring, whose workers end only when that is collected, after seconds."""
+    (tmp_path / 'lq' / '3.png').write_bytes(b'broken')
+    opt['datasets']['train'].update(num_worker_per_gpu=2)
+    loader, _ = build_train_loader(opt, 3)
+    gc.collect()
+    others = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        with pytest.raises(UserError):
+            take(loader, 5)
+        assert set(multiprocessing.active_children()) <= others
+    finally:
+        gc.enable()
 
 
 def test_a_killed_worker_is_an_error_that_helps(opt):

@@ -113,6 +113,15 @@ def test_one_lmdb_serves_two_datasets_and_their_workers(opt, tmp_path, workers):
         assert [round(float(batch['gt'].mean() * 255)) for batch in loader] == [0, 1, 2]
 
 
+def test_an_lmdb_is_opened_once(opt, tmp_path, monkeypatch):
+    write_lmdb(tmp_path / 'gt.lmdb', ['a', 'b'])
+    opened, lmdb_open = [], lmdb.open
+    monkeypatch.setattr(lmdb, 'open', lambda *args, **options: opened.append(args) or lmdb_open(*args, **options))
+    folder = str(tmp_path / 'gt.lmdb')
+    dataset = build_dataset({**opt, 'dataroot_gt': folder, 'dataroot_lq': folder, 'io_backend': {'type': 'lmdb'}})
+    assert [dataset[index]['gt'].shape for index in (0, 1, 0)] == [(3, 4, 4)] * 3 and len(opened) == 1
+
+
 def test_a_key_that_is_not_in_the_lmdb(opt, tmp_path):
     write_lmdb(tmp_path / 'gt.lmdb', ['a'])
     (tmp_path / 'gt.lmdb' / 'meta_info.txt').write_text('z.png (4,4,3) 1\n')

@@ -55,6 +55,8 @@ def test_pickles_and_shows_the_datasets_attributes():
     assert data[7, 2] == SeededDataset(Draws(), 4)[7, 2] and data.opt == {'name': 'draws'}
     with pytest.raises(AttributeError):
         data.nothing_of_this_name  # noqa: B018
+    with pytest.raises(AttributeError):  # asked before unpickling has filled it in: no endless recursion
+        object.__new__(SeededDataset).dataset  # noqa: B018
 
 
 def test_errors_name_the_file(tmp_path):

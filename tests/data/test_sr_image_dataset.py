@@ -183,11 +183,11 @@ def test_scale_one_is_for_pairs(folders):
     pairs = {'scale': 1, 'dataroot_lq': str(folders / 'gt'), 'filename_tmpl': None}
     out = sample(build(folders, **pairs), 0)
     np.testing.assert_array_equal(out['lq'], out['gt'])
-    cv2.imwrite(str(folders / 'gt' / 'a.png'), photo(48, 65))
+    cv2.imwrite(str(folders / 'gt' / 'a.png'), photo(48, 63))
     (folders / 'other').mkdir()
     for name in NAMES:
         cv2.imwrite(str(folders / 'other' / f'{name}.png'), photo(48, 64))
-    with pytest.raises(UserError, match=r'a\.png is 65x48, .*a\.png is 64x48'):
+    with pytest.raises(UserError, match=r'a\.png is 63x48, .*a\.png is 64x48'):
         build(folders, **{**pairs, 'dataroot_lq': str(folders / 'other')})[0]
     with pytest.raises(UserError, match='scale 1 needs dataroot_lq'):
         build(folders, scale=1, dataroot_lq=None)

@@ -1,0 +1,232 @@
+"""What users install, read and type: setup.py, constraints.txt, Makefile, .ci/run and README.md against the code."""
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import option_files
+import pytest
+import setuptools
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dckd_sr import option_keys, options, safe_yaml, test, zoo
+from dckd_sr.losses.contrastive_loss import DynamicContrastiveLoss
+from dckd_sr.losses.distribution_loss import DistributionMappingLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+MODULES = {'cv2': 'opencv-python', 'skimage': 'scikit-image', 'yaml': 'PyYAML'}  # module -> package, where they differ
+FORMER = {'python_version': '3.9', 'python_full_version': '3.9.18'}
+CURRENT = {'python_version': '3.11', 'python_full_version': '3.11.7'}
+
+
+@pytest.fixture(scope='module')
+def setup_arguments():
+    """The arguments that setup.py passes to setup()."""
+    arguments, setup = {}, setuptools.setup
+    setuptools.setup = lambda **given: arguments.update(given)
+    try:
+        exec(
+            compile((ROOT / 'setup.py').read_text(encoding='utf-8'), ROOT / 'setup.py', 'exec'),
+            {'__file__': ROOT / 'setup.py'},
+        )
+    finally:
+        setuptools.setup = setup
+    return arguments
+
+
+def requirements(arguments, extras=('test', 'lint', 'report')):
+    lines = arguments['install_requires'] + [line for extra in extras for line in arguments['extras_require'][extra]]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+
+
+def pins(environment):
+    """Package -> version that constraints.txt names for a Python version."""
+    found = {}
+    for line in (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines():
+        line = line.partition('#')[0].strip()
+        if line:
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(environment):
+                (specifier,) = pin.specifier
+                assert specifier.operator == '==' and canonicalize_name(pin.name) not in found, line
+                found[canonicalize_name(pin.name)] = specifier.version
+    return found
+
+
+def lowest(requirement):
+    return next((s.version for s in requirement.specifier if s.operator in ('>=', '==')), None)
+
+
+@pytest.mark.parametrize('environment', [FORMER, CURRENT], ids=['former', 'current'])
+def test_every_requirement_is_pinned_within_its_range(setup_arguments, environment):
+    pinned = pins(environment)
+    for name, requirement in requirements(setup_arguments).items():
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            assert name in pinned, f'{name} has no pin'
+            assert requirement.specifier.contains(pinned[name]), f'{requirement} does not admit {pinned[name]}'
+
+
+def test_the_lowest_torch_is_one_that_was_tested(setup_arguments):
+    for name in ('torch', 'torchvision'):
+        assert pins(FORMER)[name].startswith(lowest(requirements(setup_arguments)[name]))
+
+
+def test_python_versions(setup_arguments):
+    python = Requirement(f'python{setup_arguments["python_requires"]}').specifier
+    assert python.contains('3.9.18') and python.contains('3.11.7') and python.contains('3.12.1')
+    assert not python.contains('3.8.18') and not python.contains('3.13.0')
+    assert Marker(
+        f'python_version >= "{lowest(Requirement("python" + setup_arguments["python_requires"]))}"'
+    ).evaluate()
+
+
+def imported(folder):
+    """Top-level names of the modules that the files of a folder import, anywhere in them."""
+    names = set()
+    for file in folder.rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split('.')[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split('.')[0])
+    return names
+
+
+def test_every_imported_package_is_required(setup_arguments):
+    standard = set(sys.stdlib_module_names) if sys.version_info >= (3, 10) else set(sys.builtin_module_names)
+    if sys.version_info < (3, 10):
+        pytest.skip('Python 3.9 cannot name its standard library')
+    known = set(requirements(setup_arguments, extras=('report',)))
+    used = {canonicalize_name(MODULES.get(name, name)) for name in imported(ROOT / 'dckd_sr') - standard - {'dckd_sr'}}
+    assert used <= known | {'setuptools'}, used - known
+    declared = {canonicalize_name(name) for name in known} - used
+    assert not declared, f'declared, never imported: {declared}'
+
+
+def test_packages_and_scripts(setup_arguments):
+    folders = {str(f.parent.relative_to(ROOT)).replace(os.sep, '.') for f in (ROOT / 'dckd_sr').rglob('__init__.py')}
+    assert set(setup_arguments['packages']) == folders
+    for script in setup_arguments['entry_points']['console_scripts']:
+        name, _, target = script.partition(' = ')
+        module, _, function = target.partition(':')
+        assert callable(getattr(importlib.import_module(module), function))
+        assert f'`{name}`' in README
+
+
+@pytest.mark.skipif(shutil.which('git') is None or not (ROOT / '.git').exists(), reason='not a git clone')
+def test_tracked_files():
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split('\0') if name and (ROOT / name).exists()]
+    assert len(files) > 20
+    large = [str(file) for file in files if file.stat().st_size > 10e6]
+    assert not large
+    assert not [str(file) for file in files if {'.venv', '__pycache__', 'results'} & set(file.relative_to(ROOT).parts)]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no executable bit')
+def test_ci_runs_make_test():
+    script = ROOT / '.ci' / 'run'
+    assert os.access(script, os.X_OK)
+    text = script.read_text(encoding='utf-8')
+    assert text.startswith('#!/usr/bin/env bash') and re.findall(r'\bmake +(\S+)', text) == ['test']
+
+
+@pytest.mark.skipif(shutil.which('make') is None, reason='no make')
+def test_make_targets_install_first(tmp_path):
+    for name in ('Makefile', 'setup.py', 'constraints.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    for target, command in (('demo', '-m dckd_sr.demo'), ('test', '-m pytest'), ('lint', 'ruff check')):
+        made = subprocess.run(['make', '-n', target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        steps = ['-m venv .venv', ' torch torchvision', '--no-build-isolation --use-pep517 basicsr', '-e ', command]
+        found = [made.find(step) for step in steps]
+        assert -1 not in found and found == sorted(found), made
+        assert f'make {target}' in README or target == 'lint'
+
+
+def test_readme_names_what_is_there():
+    named = set(re.findall(r'(?:options/)?(?:demo/)?\w+\.yml', README)) - {'train_pipeline.yml'}
+    named = {name if name.startswith('options/') else f'options/{name}' for name in named}
+    assert {'options/train_edsr_x4.yml', 'options/test_edsr_x4.yml', 'options/train_vqgan.yml'} <= named
+    links = {link for link in re.findall(r'\]\(([^)]+)\)', README) if '://' not in link}
+    commands = set(re.findall(r'python (dckd_sr/\w+\.py)', README))
+    for name in named | links | commands:
+        assert (ROOT / name).is_file(), name
+    for module in re.findall(r'python -m (dckd_sr\.\w+)', README):
+        assert importlib.util.find_spec(module), module
+
+
+def test_readme_flags_exist():
+    flags = set(test.parser()._option_string_actions)
+    table = set(re.findall(r'^\| `(--?\w+)', README, flags=re.M))
+    sentence = README[README.index('test.py also takes') :].split('. ')[0]
+    shown = table | set(re.findall(r'`(--\w+)`', sentence))
+    assert len(shown) >= 9 and shown <= flags, shown - flags
+
+
+def blocks():
+    return [safe_yaml.parse(text) for text in re.findall(r'```yaml\n(.*?)```', README, flags=re.S)]
+
+
+def plain_file():
+    """A BasicSR file without any block of ours."""
+    opt = option_files.dckd()
+    opt['model_type'] = 'SRModel'
+    opt = {key: value for key, value in opt.items() if key not in ('network_t', 'network_his', 'network_vqgan')}
+    opt['path'] = {}
+    known = set(option_keys.Train.model_fields)
+    opt['train'] = {key: value for key, value in opt['train'].items() if key in known}
+    return opt
+
+
+def merged(opt, block):
+    for key, value in block.items():
+        opt[key] = merged(opt.get(key) or {}, value) if isinstance(value, dict) else value
+    return opt
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_readme_blocks_drop_into_a_file_of_basicsr(tmp_path, number):
+    option_files.make_files(tmp_path)
+    assert options.check(plain_file()) == ([], [])
+    opt = plain_file()
+    if number == 1:
+        opt['train'].pop('pixel_opt')
+    opt = merged(opt, blocks()[number])
+    for file in list(opt['path'].values()) + [opt['train']['pixel_opt'].get('encoder', {}).get('pretrain')]:
+        if file:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+    problems, warnings = options.check(opt)
+    assert not problems
+    assert any('runs as DCKDModel' in warning for warning in warnings) == (number == 0), warnings
+
+
+def test_readme_table_of_released_and_printed_forms_has_real_keys():
+    table = README[README.index('## As released, as printed') :]
+    fields = option_keys.DCKDTrain.model_fields
+    for section, key in re.findall(r'`(train|network_vqgan)\.([\w.]+)`', table):
+        head, _, tail = key.partition('.')
+        if section == 'train':
+            assert head in fields, key
+        losses = {'cl_opt': DynamicContrastiveLoss, 'ce_opt': DistributionMappingLoss}
+        if head in losses:
+            names = losses[head].__init__.__code__.co_varnames
+            assert tail in names, key
+    assert fields['num_neg'].default == 4 and fields['neg_clean'].default is True
+    assert fields['history_from'].default == 'ema' and fields['step_period'].default == 100000
+    assert DynamicContrastiveLoss(weights=[1.0]).reduce == 'global'
+    assert DistributionMappingLoss().form == 'released'
+
+
+def test_the_convert_command_of_the_readme_is_understood(capsys):
+    (line,) = [line for line in README.splitlines() if 'dckd_sr.zoo convert' in line]
+    assert zoo.main(line.split('dckd_sr.zoo ')[1].split()) == 2  # the file is not there; the arguments are right
+    assert 'last.ckpt' in capsys.readouterr().err
