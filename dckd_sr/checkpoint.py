@@ -4,8 +4,8 @@ A run's folder holds BasicSR's files: ``models/net_g_<iter>.pth`` ({'params': ..
 ``training_states/<iter>.state`` (BasicSR's keys, and ours under 'dckd_sr').
 """
 
+import contextlib
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def read_weights(path, param_key=None):
     else:
         used = next((key for key in _KEYS if key in entries), BARE)
     weights = content if used == BARE else content[used]
-    foreign = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    foreign = [key for key, value in weights.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
     if foreign or not weights:
         what = f'entries that are not tensors: {", ".join(map(str, foreign[:5]))}' if foreign else 'no tensors'
         raise UserError(f'{path} ({used}) holds {what}')
@@ -61,16 +61,15 @@ def _read(path):
     """The content of a weights file, read with weights_only first and the restricted reader after it."""
     if not path.is_file():
         raise UserError(f'{path} is {"a folder" if path.is_dir() else "not there"}; expected a file with weights')
-    try:
-        if path.suffix == '.safetensors':
+    if path.suffix == '.safetensors':
+        try:
             return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f'{path} cannot be read as safetensors: {_first_line(error)}') from error
+    try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception:  # on damaged files torch raises whatever its parts raise
         return restricted_pickle.load(path)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f'{path} cannot be read as weights (truncated or another kind of file): {_first_line(error)}'
-        ) from error
 
 
 def _first_line(error):
@@ -132,7 +131,8 @@ def write(content, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f'cannot save {path}: {_first_line(error)}') from error
 
 
@@ -142,7 +142,7 @@ def save_network(nets, path):
 
 
 def save_state(model, epoch, current_iter):
-    """Write ``<iter>.state``: BasicSR's entries, and under 'dckd_sr' the history network, generators and best metrics."""
+    """Write ``<iter>.state``: BasicSR's entries; under 'dckd_sr' generators, best metrics, the model's extra state."""
     state = {
         'epoch': epoch,
         'iter': current_iter,

@@ -60,8 +60,8 @@ def check_basicsr():
     # NAFNet's and Restormer's copies state 1.2/1.3; a bare folder of that name has no version at all.
     if version != BASICSR_VERSION or not (folder / 'archs' / 'swinir_arch.py').is_file():
         raise ImportError(
-            f'the package `basicsr` found at {folder} (version {version}) is not BasicSR {BASICSR_VERSION} and hides it. '
-            f'Leave that folder or rename it, or: pip uninstall basicsr && pip install basicsr=={BASICSR_VERSION}'
+            f'the package `basicsr` found at {folder} (version {version}) is not BasicSR {BASICSR_VERSION} and hides '
+            f'it. Leave that folder or rename it, or: pip uninstall basicsr && pip install basicsr=={BASICSR_VERSION}'
         )
 
 
@@ -147,7 +147,7 @@ def name_registry_entries():
 
 
 def repair_devices():
-    """base_model.py:18 and :97 assume CUDA: `num_gpu: 1` crashes without it, and so does DistributedDataParallel on CPU."""
+    """base_model.py:18 and :97 assume CUDA: without it `num_gpu: 1` crashes, and so does DistributedDataParallel."""
     import torch
     from basicsr.models.base_model import BaseModel
     from torch.nn.parallel import DistributedDataParallel
@@ -226,7 +226,7 @@ def repair_logs():
 
 
 def repair_checkpoints():
-    """base_model.py:226-338 writes in place and carries on after a failure; :262-300 loads without naming what differs."""
+    """base_model.py:226-338 writes in place and goes on after a failure; :262-300 loads without naming what differs."""
     from basicsr.models.base_model import BaseModel
     from basicsr.utils.dist_util import master_only
 

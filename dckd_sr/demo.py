@@ -68,7 +68,9 @@ def make_photographs(folder):
     for part, names in PHOTOGRAPHS.items():
         for name in names:
             if not (source / name).is_file():
-                raise UserError(f'{name} is not in this scikit-image ({skimage.__version__}): pip install -U scikit-image')
+                raise UserError(
+                    f'{name} is not in this scikit-image ({skimage.__version__}): pip install -U scikit-image'
+                )
             image = modcrop(read_image(source / name), SCALE)
             stem = Path(name).stem
             write_image(folder / part / 'HR' / f'{stem}.png', image)
@@ -81,10 +83,18 @@ def train_student(name, steps):
     Returns:
         the resolved options of the run.
     """
-    overrides = [f'train:total_iter={steps}', f'train:scheduler:periods=[{steps}]', f'val:val_freq={max(1, steps // 8)}']
+    overrides = [
+        f'train:total_iter={steps}',
+        f'train:scheduler:periods=[{steps}]',
+        f'val:val_freq={max(1, steps // 8)}',
+    ]
     overrides.append(f'logger:print_freq={max(1, steps // 8)}')
     if name == 'distill':
-        overrides += [f'train:step=[{max(1, steps // 32)}]', *shipped('t', 'teacher_EDSR_x4.pth'), *shipped('vqgan', 'codebook.pth')]
+        overrides += [
+            f'train:step=[{max(1, steps // 32)}]',
+            *shipped('t', 'teacher_EDSR_x4.pth'),
+            *shipped('vqgan', 'codebook.pth'),
+        ]
     argv = ['-opt', str(ROOT / 'options' / 'demo' / f'{name}.yml'), '--force_yml', *overrides]
     if train.main(argv) != 0:
         raise UserError(f'the training {name} failed; its message is above')
@@ -151,7 +161,9 @@ def draw_crops(results, path, side=96):
         'teacher': 'results/demo_distill/visualization/held-out/{}_demo_distill_teacher.png',
     }
     names = [row['image'].removesuffix(f'x{SCALE}') for row in results['DCKD']['held-out'].rows]
-    figure, axes = pyplot.subplots(len(names), len(columns), figsize=(2.2 * len(columns), 2.5 * len(names)), layout='constrained')
+    figure, axes = pyplot.subplots(
+        len(names), len(columns), figsize=(2.2 * len(columns), 2.5 * len(names)), layout='constrained'
+    )
     for name, row in zip(names, axes):
         images = {
             column: read_image(pattern.format(name if column == 'HR' else f'{name}x{SCALE}'))

@@ -8,11 +8,7 @@ from basicsr.utils import get_root_logger
 
 from dckd_sr.checkpoint import read_weights
 from dckd_sr.errors import UserError
-
-ENCODER_ADVICE = (
-    'Train one (python -m dckd_sr.train -opt options/train_vqgan.yml), or download the VQGAN f16 1024 checkpoint of '
-    'https://github.com/CompVis/taming-transformers (python -m dckd_sr.zoo convert FILE makes a clean file of it)'
-)
+from dckd_sr.option_keys import ENCODER_ADVICE
 
 
 def build_encoder(network_opt, path, param_key=None):

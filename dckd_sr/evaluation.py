@@ -29,7 +29,11 @@ from dckd_sr.ops.resize import imresize
 SSIM_WINDOW = 11  # side of the Gaussian window in BasicSR's calculate_ssim
 
 
-class TooSmallError(UserError):
+class NotMeasuredError(UserError):
+    """A metric has no value for this image; the others may."""
+
+
+class TooSmallError(NotMeasuredError):
     """An image has too few pixels for a metric."""
 
 
@@ -91,7 +95,8 @@ def score(
         name -> float; PSNR of equal images is inf.
 
     Raises:
-        TooSmallError: nothing is left inside the border, or less than SSIM's window, where BasicSR returns nan.
+        NotMeasuredError: nothing is left inside the border, or less than SSIM's window, where BasicSR returns nan; or
+            NIQE fails.
         UserError: sizes that differ, an unknown metric or a wrong argument of one.
     """
     if gt is not None and sr.shape != gt.shape:
@@ -116,6 +121,8 @@ def score(
         data = {'img': sr} if gt is None else {'img': sr, 'img2': gt}
         try:
             values[name] = float(calculate_metric(data, metric_opt))
+        except np.linalg.LinAlgError as error:  # NIQE of an image that is still noise
+            raise NotMeasuredError(f'{image}: {name} has no value: {error}') from error
         except (TypeError, ValueError, AssertionError) as error:
             raise UserError(f'val.metrics.{name} ({kind}) fails on {image}: {error}') from error
     return values
@@ -226,7 +233,7 @@ def _run(restore, loader, metrics, path_of, progress) -> Result:
         for name, metric_opt in metrics.items():
             try:
                 values[name] = score(sr, gt, {name: metric_opt}, image).get(name)
-            except TooSmallError as error:
+            except NotMeasuredError as error:
                 result.notes.append(f'{error}; left out of the mean')
                 values[name] = None
         if path_of is not None:
@@ -243,7 +250,7 @@ def _average(result, metrics):
         values = [row[name] for row in result.rows if row[name] is not None]
         finite = [value for value in values if math.isfinite(value)]
         if not values:
-            result.notes.append(f'{name} was not measured: no image has a ground truth large enough')
+            result.notes.append(f'{name} was not measured on any image')
         else:
             result.means[name] = float(np.mean(finite)) if finite else values[0]
         equal = [row['image'] for row in result.rows if row[name] == math.inf]

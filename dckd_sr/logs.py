@@ -1,6 +1,6 @@
 """BasicSR's logger with handlers that can be set at any time, and a stream that does not tear a progress bar.
 
-basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_logger, so that one early call loses the file.
+basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_logger: one early call loses the file.
 """
 
 import logging

@@ -73,7 +73,7 @@ def train(opt, args, notes=()):
     if state:
         for name in checkpoint.trained_networks(opt):
             opt['path'][f'pretrain_network_{name}'] = None  # the state's weights replace it
-    model = build_model(opt)
+    model = build(opt)
     if state:
         checkpoint.resume(model, opt, state, state_path)
     else:
@@ -88,13 +88,14 @@ def train(opt, args, notes=()):
     total = int(opt['train']['total_iter'])
     start = state['iter'] if state else 0
     logger.info(
-        f'Training statistics: {len(train_loader.dataset)} images, batch {opt["datasets"]["train"]["batch_size_per_gpu"]} '
-        f'x {opt["world_size"]} on {model.device}, {sampler.iterations_per_epoch} iterations an epoch, {total} iterations.'
+        f'Training statistics: {len(train_loader.dataset)} images, batch {train_loader.batch_size} x '
+        f'{opt["world_size"]} on {model.device}, {sampler.iterations_per_epoch} iterations an epoch, {total} iterations.'
     )
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')
 
     message_logger = MessageLogger(opt, start, tb_logger)
+    message_logger.max_iters = total + 1  # it takes one off, which makes the last ETA negative
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     progress = tqdm(total=total, initial=start, disable=not bar, dynamic_ncols=True, unit='it')
     print_freq, save_freq = int(opt['logger']['print_freq']), int(opt['logger']['save_checkpoint_freq'])
@@ -143,6 +144,15 @@ def train(opt, args, notes=()):
     logger.info(f'Saved the latest model in {opt["path"]["models"]}.')
     if tb_logger:
         tb_logger.close()
+
+
+def build(opt):
+    """BasicSR's build_model; arguments that a network, loss or optimiser refuses are the user's, not ours."""
+    try:
+        return build_model(opt)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f'{opt["model_type"]} cannot be built from these options: {message}') from error
 
 
 def start_processes(opt, launcher):
@@ -245,8 +255,8 @@ def look_first(model, val_loaders, opt):
     floor = psnr.get('bicubic', psnr.get('input'))
     if psnr.get('teacher', math.inf) < floor and opt['train'].get('check_teacher', True):
         raise UserError(
-            f'network_t: the teacher reaches {psnr["teacher"]:.2f} dB on {image}, below {floor:.2f} dB without any network. '
-            'Are these its weights, its scale and its img_range? train.check_teacher: false trains all the same'
+            f'network_t: the teacher reaches {psnr["teacher"]:.2f} dB on {image}, below {floor:.2f} dB without any '
+            'network. Are these its weights, its scale, its img_range? train.check_teacher: false trains all the same'
         )
 
 

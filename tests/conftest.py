@@ -1,4 +1,4 @@
-"""Settings of the whole suite: one thread per process, because tests run in parallel and results must not depend on it."""
+"""Settings of the whole suite: one thread per process, because tests run in parallel."""
 
 import sys
 from pathlib import Path

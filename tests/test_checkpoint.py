@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from basicsr.models import build_model
+from models.test_dckd_model import flat, options, step
 from safetensors.torch import save_file
 from torch import nn
 
 import dckd_sr  # noqa: F401
 from dckd_sr import checkpoint
 from dckd_sr.errors import UserError
-from models.test_dckd_model import flat, options, step
 
 WEIGHTS = {'weight': torch.arange(6.0).reshape(2, 3), 'bias': torch.zeros(2)}
 EMA = {'weight': torch.ones(2, 3), 'bias': torch.ones(2)}
@@ -118,7 +118,8 @@ def test_differences_are_named(tmp_path):
 def test_swinir_of_another_training_patch_loads(tmp_path):
     from basicsr.archs.swinir_arch import SwinIR
 
-    settings = dict(window_size=8, depths=[2], embed_dim=8, num_heads=[2], upscale=2, upsampler='pixelshuffle')
+    settings = {'window_size': 8, 'depths': [2], 'embed_dim': 8, 'num_heads': [2], 'upscale': 2}
+    settings['upsampler'] = 'pixelshuffle'
     saved, net = SwinIR(img_size=32, **settings), SwinIR(img_size=16, **settings)
     torch.save({'params': saved.state_dict()}, tmp_path / 'w.pth')
     checkpoint.load_network(net, tmp_path / 'w.pth')

@@ -164,7 +164,16 @@ def test_a_plain_basicsr_file_runs_and_gains_our_losses(opt):
     for key in ('network_t', 'network_his', 'network_vqgan'):
         del plain[key]
     plain['path'] = {'pretrain_network_g': None, 'strict_load_g': True, 'resume_state': None}
-    for key in ('logits_opt', 'cl_opt', 'ce_opt', 'num_neg', 'step', 'gaussian_blur_prob', 'gaussian_noise_prob', 'check_teacher'):
+    for key in (
+        'logits_opt',
+        'cl_opt',
+        'ce_opt',
+        'num_neg',
+        'step',
+        'gaussian_blur_prob',
+        'gaussian_noise_prob',
+        'check_teacher',
+    ):
         del plain['train'][key]
     assert train.main(['-opt', write(plain)]) == 0
     assert 'l_pix' in next(Path('experiments/run').glob('*.log')).read_text()
@@ -209,7 +218,12 @@ def test_mistakes_that_show_while_running(opt, mistake, expected, capsys):
 def test_both_ways_to_start_it(command, tmp_path):
     environment = {**os.environ, 'PYTHONPATH': '' if command[0].endswith('.py') else str(ROOT)}
     result = subprocess.run(
-        [sys.executable, *command, '-opt', 'none.yml'], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *command, '-opt', 'none.yml'],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 2 and result.stderr.startswith('error: ') and 'none.yml' in result.stderr
     assert not list(tmp_path.iterdir())

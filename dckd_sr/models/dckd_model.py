@@ -15,11 +15,11 @@ from dckd_sr.ops.history import average_, update_interval
 class DCKDModel(KDModel):
     """L = L_rec + L_kd + w_dcl L_dcl + w_ce L_ce (Eq. 10), and the released code's label consistency L_lcr.
 
-    Options of the released code: ``network_his``, ``network_vqgan`` and its paths; ``train.logits_opt``, ``lcr_opt`` with
-    ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``, ``gaussian_blur_prob`` (1 where
-    absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where absent). Ours, for the printed paper
-    where it differs: ``neg_clean`` (true: the clean LQ is one more negative), ``history_from`` ('ema' or 'student'),
-    ``step_period`` (100000). Any subset of the losses works, and so does ``ema_decay: 0``.
+    Options of the released code: ``network_his``, ``network_vqgan`` and its paths; in ``train`` ``logits_opt``,
+    ``lcr_opt`` with ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``,
+    ``gaussian_blur_prob`` (1 where absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where
+    absent). Ours, for the printed paper where it differs: ``neg_clean`` (true: the clean LQ is one more negative),
+    ``history_from`` ('ema' or 'student'), ``step_period`` (100000). Any subset of the losses works, and so does ``ema_decay: 0``.
     """
 
     def __init__(self, opt):

@@ -55,7 +55,7 @@ class KDModel(SRModel):
             self.setup_schedulers()
 
     def build_frozen(self, network_opt):
-        """A network without gradients, in eval mode; torch's generator stays where it was, because it is the student's."""
+        """A network without gradients, in eval mode; torch's generator, which is the student's, stays where it was."""
         network_opt = {key: value for key, value in network_opt.items() if key != 'allow_random'}
         with torch.random.fork_rng(devices=[]):
             net = build_network(network_opt)

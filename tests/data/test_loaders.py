@@ -144,7 +144,7 @@ def test_a_bad_image_reaches_the_main_process_by_name(opt, tmp_path, workers, ki
         assert message.endswith(f'truncated file: {bad}') and 'Traceback' not in message
 
 
-def test_spawned_workers_and_their_opencv_threads(opt, monkeypatch):
+def test_spawned_workers_load_the_same(opt):
     """Windows and macOS start workers anew; whatever a loader holds must get there."""
     reference = take(build_train_loader(opt, 3)[0], 2)
     opt['datasets']['train']['num_worker_per_gpu'] = 1

@@ -150,7 +150,9 @@ def step_golden(model, k):
 
 def test_label_consistency_equals_the_released_code(monkeypatch):
     golden, config = golden_data.arrays('lcr_rcan_x2')
-    opt = without(options(lcr_opt={'type': 'L1Loss'}, noisy={'prob': 0.5}), 'cl_opt', 'ce_opt', 'network_his', 'network_vqgan')
+    opt = without(
+        options(lcr_opt={'type': 'L1Loss'}, noisy={'prob': 0.5}), 'cl_opt', 'ce_opt', 'network_his', 'network_vqgan'
+    )
     model = build_model(opt)
     golden_data.fill.fill_(model.net_g)
     golden_data.fill.fill_(model.net_t)
@@ -165,7 +167,12 @@ def test_label_consistency_equals_the_released_code(monkeypatch):
 
 def test_frozen_networks_get_no_gradient_and_change_as_told():
     model = build_model(options(gaussian_noise_prob=1, lcr_opt={'type': 'L1Loss'}))
-    frozen = {'net_t': model.net_t, 'net_vqgan': model.net_vqgan, 'net_his': model.net_his, 'net_g_ema': model.net_g_ema}
+    frozen = {
+        'net_t': model.net_t,
+        'net_vqgan': model.net_vqgan,
+        'net_his': model.net_his,
+        'net_g_ema': model.net_g_ema,
+    }
     before = {name: copy.deepcopy(net.state_dict()) for name, net in frozen.items()}
     student = flat(model.net_g)
     step(model, 1)
@@ -176,10 +183,14 @@ def test_frozen_networks_get_no_gradient_and_change_as_told():
         assert same == (name != 'net_g_ema'), name  # the history waits for its step
     assert model.net_g.training and not np.array_equal(student, flat(model.net_g))
     step(model, 2)
-    assert not np.array_equal(flat(model.net_his), torch.cat([v.flatten() for k, v in sorted(before['net_his'].items())]).numpy())
+    assert not np.array_equal(
+        flat(model.net_his), torch.cat([v.flatten() for k, v in sorted(before['net_his'].items())]).numpy()
+    )
 
 
-@pytest.mark.parametrize('history_from, ema_decay, source', [('ema', 0.5, 'ema'), ('student', 0.5, 'g'), ('ema', 0, 'g')])
+@pytest.mark.parametrize(
+    'history_from, ema_decay, source', [('ema', 0.5, 'ema'), ('student', 0.5, 'g'), ('ema', 0, 'g')]
+)
 def test_history_follows_its_source(history_from, ema_decay, source):
     model = build_model(options(history_from=history_from, ema_decay=ema_decay, update_decay=0.3, step=[1]))
     before = flat(model.net_his)
@@ -247,7 +258,9 @@ def test_building_twice_from_one_dict():
 
 def test_initial_weights_and_generator_do_not_depend_on_the_method():
     torch.manual_seed(3)
-    alone = build_model(without(options(), 'network_t', 'network_his', 'network_vqgan', 'logits_opt', 'cl_opt', 'ce_opt'))
+    alone = build_model(
+        without(options(), 'network_t', 'network_his', 'network_vqgan', 'logits_opt', 'cl_opt', 'ce_opt')
+    )
     after = torch.get_rng_state()
     torch.manual_seed(3)
     distilled = build_model(options())
