@@ -88,8 +88,8 @@ def train(opt, args, notes=()):
     total = int(opt['train']['total_iter'])
     start = state['iter'] if state else 0
     logger.info(
-        f'Training statistics: {len(train_loader.dataset)} images, batch {train_loader.batch_size} x '
-        f'{opt["world_size"]} on {model.device}, {sampler.iterations_per_epoch} iterations an epoch, {total} iterations.'
+        f'Training: {len(train_loader.dataset)} images, batch {train_loader.batch_size} x {opt["world_size"]} on '
+        f'{model.device}, {sampler.iterations_per_epoch} iterations an epoch, {total} iterations.'
     )
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')

@@ -19,7 +19,8 @@ class DCKDModel(KDModel):
     ``lcr_opt`` with ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``,
     ``gaussian_blur_prob`` (1 where absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where
     absent). Ours, for the printed paper where it differs: ``neg_clean`` (true: the clean LQ is one more negative),
-    ``history_from`` ('ema' or 'student'), ``step_period`` (100000). Any subset of the losses works, and so does ``ema_decay: 0``.
+    ``history_from`` ('ema' or 'student'), ``step_period`` (100000). Any subset of the losses works,
+    and so does ``ema_decay: 0``.
     """
 
     def __init__(self, opt):
