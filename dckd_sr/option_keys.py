@@ -385,7 +385,8 @@ WEIGHT_SOURCES = {
     'EDSR|RCAN|MSR|ESRGAN|RRDB': 'https://github.com/XPixelGroup/BasicSR/blob/master/docs/ModelZoo.md',
 }
 ENCODER_ADVICE = (
-    "train one with options/train_vqgan.yml, or download taming-transformers' VQGAN f16 1024 checkpoint "
+    'train one (python -m dckd_sr.train -opt options/train_vqgan.yml), or download the VQGAN f16 1024 checkpoint of '
+    'taming-transformers '
     '(https://github.com/CompVis/taming-transformers) and run: python -m dckd_sr.zoo convert FILE'
 )
 RUNTIME_KEYS = ('dist', 'rank', 'world_size', 'is_train', 'auto_resume', 'root_path')

@@ -72,7 +72,7 @@ def broken(kind, path):
     [
         ('missing', 'not there'),
         ('folder', 'folder'),
-        ('empty', 'cannot be read'),
+        ('empty', 'is empty'),
         ('truncated', 'cannot be read'),
         ('text', ''),
         ('other key', "no entry 'params'; available: generator"),

@@ -156,7 +156,9 @@ def test_parameters_become_plain_tensors(tmp_path, zipped):
 def test_tensors_with_attributes_and_new_dtypes(tmp_path):
     noted = torch.arange(3.0)
     noted.note = 'an attribute'  # _rebuild_from_type_v2
-    short = torch.arange(4).to(torch.uint16)  # _rebuild_tensor_v3: no storage class of its own
+    can_save_short = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 5)
+    # uint16 is a _rebuild_tensor_v3: no storage class of its own
+    short = torch.arange(4).to(torch.uint16 if can_save_short else torch.int16)
     content = load(saved(tmp_path, {'noted': noted, 'short': short}))
     assert torch.equal(content['noted'], noted) and torch.equal(content['short'], short)
 

@@ -148,6 +148,7 @@ class DynamicContrastiveLoss(nn.Module):
         """Fetch ``stats`` as floats, which waits for the device: call it when logging.
 
         ``guarded`` counts the levels left out since the last report; if there are any, one warning a run says so.
+        Empty before the first comparison.
         """
         left_out = 0 if self._left_out is None else int(self._left_out)
         self._left_out = None
@@ -157,7 +158,8 @@ class DynamicContrastiveLoss(nn.Module):
                 f'Contrastive loss: a level was left out {left_out} time(s), because the negatives equal the student '
                 'there (history network equal to the student, no degradation). guard: false keeps such levels.'
             )
-        return {**{name: float(value) for name, value in self.stats.items()}, 'guarded': float(left_out)}
+        values = {name: float(value) for name, value in self.stats.items()}
+        return {**values, 'guarded': float(left_out)} if values else {}
 
     def _ratios(self, anchor, positive, negatives, distance_to_negatives):
         sums = []
