@@ -1,17 +1,24 @@
 """Reading weights, and writing, finding and reading training states: the only module that touches checkpoint files.
 
 A run's folder holds BasicSR's files: ``models/net_g_<iter>.pth`` ({'params': ..., 'params_ema': ...}) and
-``training_states/<iter>.state`` (BasicSR's keys, and ours under 'dckd_sr').
+``training_states/<iter>.state`` (BasicSR's keys, and ours under 'dckd_sr'). The state is written last and names the
+network files with sizes and checksums: a checkpoint without a state that verifies does not exist.
 """
 
 import contextlib
+import hashlib
 import os
+import random
+import re
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from basicsr.utils import get_root_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 
 from dckd_sr import restricted_pickle
 from dckd_sr.errors import UserError
@@ -84,7 +91,13 @@ def load_network(net, path, strict=True, param_key=None):
             entries are left out, unless nothing fits).
     """
     weights, used = read_weights(path, param_key)
-    name = type(net).__name__
+    load_weights(net, weights, f'{path} ({used})', strict)
+    get_root_logger().info(f'Loaded {type(net).__name__} from {path}, weights: {used}.')
+
+
+def load_weights(net, weights, source, strict=True):
+    """Load a state dict into a bare network; ``source`` says in messages where it is from. Raises as `load_network`."""
+    name, weights = type(net).__name__, dict(weights)
     own = net.state_dict()
     for key in [key for key in {**own, **weights} if key.endswith(_CONSTANTS)]:
         weights[key] = own[key] if key in own else weights.pop(key)
@@ -108,15 +121,35 @@ def load_network(net, path, strict=True, param_key=None):
         )
         fitting = [key for key in own if key in weights and key not in shapes]
         if strict or not fitting:
-            raise UserError(f'{path} ({used}) does not fit this {name}: {differences}')
-        get_root_logger().warning(f'{path} ({used}) fits {name} in part. {differences}')
+            raise UserError(f'{source} does not fit this {name}: {differences}')
+        get_root_logger().warning(f'{source} fits {name} in part. {differences}')
         weights = {key: weights[key] for key in fitting}
     net.load_state_dict(weights, strict=False)
-    get_root_logger().info(f'Loaded {name} from {path}, weights: {used}.')
+
+
+class _Hashed:
+    """What torch.save writes to: a file, with the size and the SHA-256 of what went into it."""
+
+    def __init__(self, file):
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data):
+        self.size += memoryview(data).nbytes
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
 
 
 def write(content, path):
     """Save atomically: a crash or a full disk leaves the former file, never half of a new one.
+
+    Args:
+        content: anything that torch.save takes, or bytes.
+
+    Returns:
+        (size in bytes, SHA-256 in hexadecimal digits) of the file.
 
     Raises:
         UserError: the file cannot be written.
@@ -126,36 +159,127 @@ def write(content, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
-            torch.save(content, file)
+            hashed = _Hashed(file)
+            if isinstance(content, bytes):
+                hashed.write(content)
+            else:
+                torch.save(content, hashed)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f'cannot save {path}: {_first_line(error)}') from error
+    return hashed.size, hashed.digest.hexdigest()
+
+
+def _sync_folder(folder):
+    """The new name reaches the disk, too; Windows cannot open folders."""
+    if os.name == 'posix':
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_network(nets, path):
-    """Save {'params': net, 'params_ema': net, ...} in the layout that BasicSR loads."""
-    write({key: {name: value.cpu() for name, value in net.state_dict().items()} for key, net in nets.items()}, path)
+    """Save {'params': net, 'params_ema': net, ...} in the layout that BasicSR loads, or each as .safetensors.
+
+    Returns:
+        dict: name of each file written -> (size, SHA-256).
+    """
+    path, tensors = Path(path), {}
+    for key, net in nets.items():
+        tensors[key] = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+    if path.suffix != '.safetensors':
+        return {path.name: write(tensors, path)}
+    files = {_safetensors_file(path, key): to_safetensors(weights) for key, weights in tensors.items()}
+    return {file.name: write(content, file) for file, content in files.items()}
+
+
+def _safetensors_file(path, key):
+    """net_g_1000.safetensors holds 'params', net_g_ema_1000.safetensors 'params_ema': this format has no entries."""
+    stem, iteration = path.stem.rsplit('_', 1)
+    return path.with_name(f'{stem}{key[len("params") :]}_{iteration}{path.suffix}')
 
 
 def save_state(model, epoch, current_iter):
-    """Write ``<iter>.state``: BasicSR's entries; under 'dckd_sr' generators, best metrics, the model's extra state."""
+    """Write ``<iter>.state``: BasicSR's entries; under 'dckd_sr' all else that the next step depends on.
+
+    Call it on all ranks, after the networks of this iteration were saved; rank 0 writes.
+
+    Raises:
+        UserError: the file cannot be written, or the ranks' networks differ.
+    """
+    generators, world_size = [_generators(model.device)], model.opt.get('world_size', 1)
+    if world_size > 1:
+        generators = _gather(generators[0])
+        check_equal(model)
+    if model.opt.get('rank', 0) > 0:
+        return
     state = {
         'epoch': epoch,
         'iter': current_iter,
         'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
         'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
         'dckd_sr': {
-            'generator': torch.get_rng_state(),
-            'generator_cuda': torch.cuda.get_rng_state(model.device) if model.device.type == 'cuda' else None,
-            'best_metric_results': _plain(getattr(model, 'best_metric_results', {})),
+            'world_size': world_size,
+            'generators': generators,
+            'best_metric_results': getattr(model, 'best_metric_results', {}),
             'extra': model.extra_state() if hasattr(model, 'extra_state') else {},
+            'files': getattr(model, 'saved_files', {}),
+            **getattr(model, 'run_state', {}),
         },
     }
     write(_plain(state), Path(model.opt['path']['training_states']) / f'{current_iter}.state')
+
+
+def _generators(device):
+    """The state of every global generator of this process, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
+        'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        'python': list(random.getstate()),
+    }
+
+
+def _restore_generators(state, device):
+    torch.set_rng_state(state['torch'])
+    if state['cuda'] is not None and device.type == 'cuda':
+        torch.cuda.set_rng_state(state['cuda'], device)
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, following = state['python']
+    random.setstate((version, tuple(numbers), following))
+
+
+def _gather(value):
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def check_equal(model):
+    """All ranks hold the same networks, bit for bit; collective.
+
+    Raises:
+        UserError: they do not: a fault of the machine or of this program, and nothing to save.
+    """
+    digests = {}
+    for name in [f'net_{name}' for name in trained_networks(model.opt)] + ['net_g_ema', 'net_his']:
+        net, digest = getattr(model, name, None), hashlib.sha256()
+        for parameter in model.get_bare_model(net).parameters() if net is not None else ():
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    others = _gather(digests)
+    differing = [name for name in digests if any(other[name] != digests[name] for other in others)]
+    if differing:
+        raise UserError(f'the ranks hold different {", ".join(differing)}; nothing was saved')
 
 
 def _plain(value):
@@ -167,8 +291,30 @@ def _plain(value):
     return value.item() if hasattr(value, 'item') and not isinstance(value, torch.Tensor) else value
 
 
+def prune(opt, keep, best=()):
+    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first."""
+    models, states = Path(opt['path']['models']), Path(opt['path']['training_states'])
+    files = {}
+    for file in [*states.glob('*.state'), *models.glob('net_*')]:
+        found = re.fullmatch(r'(?:net_.+_)?(\d+)\.(?:state|pth|safetensors)', file.name)
+        if found:
+            files.setdefault(int(found.group(1)), []).append(file)
+    for iteration in sorted(files)[:-keep]:
+        for file in files[iteration] if iteration not in best else ():
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def sweep(opt):
+    """Remove what a killed process left half-written."""
+    for key in ('models', 'training_states'):
+        for file in Path(opt['path'][key]).glob('.*.tmp'):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
 def find_state(opt):
-    """The newest training state that can be read, with its network files.
+    """The newest training state that verifies, with its network files.
 
     Returns:
         (state, path), or (None, None) where there is nothing to resume from.
@@ -194,15 +340,46 @@ def find_state(opt):
 
 
 def _read_state(path, opt):
+    _check_records(path)
     state = _read(path)
     lacking = [
         key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if not isinstance(state, dict) or key not in state
     ]
     if lacking:
         raise UserError(f'{path} is not a training state: it lacks {", ".join(lacking)}')
-    for name in trained_networks(opt):
-        read_weights(_network_file(path, opt, name, state['iter']), 'params')
+    folder, named = _models_folder(path, opt), (state.get('dckd_sr') or {}).get('files') or {}
+    for name, (size, sha256) in named.items():
+        _check_file(folder / name, size, sha256)
+    for name in trained_networks(opt) if not named else ():
+        read_weights(folder / f'net_{name}_{state["iter"]}.pth', 'params')
     return state
+
+
+def _check_records(path):
+    """The checksums that torch's zip files carry, which torch.load itself does not look at."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f'{path} is damaged: {damaged} does not match its checksum')
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f'{path} cannot be read: {_first_line(error)}') from error
+
+
+def _check_file(file, size, sha256):
+    try:
+        found = file.stat().st_size
+        if found != size:
+            raise UserError(f'{file} has {found} bytes, {size} were written')
+        digest = hashlib.sha256()
+        with open(file, 'rb') as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f'{file} cannot be read: {error.strerror}') from error
+    if digest.hexdigest() != sha256:
+        raise UserError(f'{file} is damaged: its checksum is not the one that was written')
 
 
 def trained_networks(opt):
@@ -210,10 +387,9 @@ def trained_networks(opt):
     return [key[8:] for key in opt if key.startswith('network_') and key[8:] not in ('t', 'his', 'vqgan')]
 
 
-def _network_file(state_path, opt, name, iteration):
+def _models_folder(state_path, opt):
     beside = Path(state_path).parent.parent / 'models'
-    folder = beside if beside.is_dir() else Path(opt['path']['models'])
-    return folder / f'net_{name}_{iteration}.pth'
+    return beside if beside.is_dir() else Path(opt['path']['models'])
 
 
 def resume(model, opt, state, path):
@@ -222,12 +398,16 @@ def resume(model, opt, state, path):
     Teacher and encoder keep the files that the option file names (BasicSR's check_resume redirects these, too, to files
     that were never written).
     """
+    folder, ours = _models_folder(path, opt), state.get('dckd_sr') or {}
     for name in trained_networks(opt):
-        file = _network_file(path, opt, name, state['iter'])
-        load_network(model.get_bare_model(getattr(model, f'net_{name}')), file, True, 'params')
-        average = getattr(model, f'net_{name}_ema', None)
-        if average is not None:
-            load_network(average, file, True, 'params_ema')
+        file = folder / f'net_{name}_{state["iter"]}.pth'
+        net, average = getattr(model, f'net_{name}'), getattr(model, f'net_{name}_ema', None)
+        for module, key in ((net, 'params'), (average, 'params_ema')):
+            plain = _safetensors_file(file.with_suffix('.safetensors'), key)
+            if module is not None and plain.name in (ours.get('files') or {}):
+                load_network(model.get_bare_model(module), plain)
+            elif module is not None:
+                load_network(model.get_bare_model(module), file, True, key)
     model.resume_training(state)
 
 
@@ -241,18 +421,25 @@ def restore_state(model, state):
         for target, saved in zip(owned, state[kind]):
             try:
                 target.load_state_dict(saved)
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(
                     f'the {kind} of the training state do not fit this run: {_first_line(error)}'
                 ) from error
-    ours = state.get('dckd_sr', {})
+    ours, logger = state.get('dckd_sr') or {}, get_root_logger()
+    generators, rank = ours.get('generators') or [], model.opt.get('rank', 0)
     if not ours:
-        get_root_logger().warning("This training state is BasicSR's: it lacks random generators and best metrics.")
-    if 'generator' in ours:
-        torch.set_rng_state(ours['generator'])
-    if ours.get('generator_cuda') is not None and model.device.type == 'cuda':
-        torch.cuda.set_rng_state(ours['generator_cuda'], model.device)
+        logger.warning(
+            "This training state is BasicSR's or the released code's: it lacks random generators, best metrics, the "
+            'history network and the options. The run continues, but not exactly.'
+        )
+    elif len(generators) != model.opt.get('world_size', 1):
+        logger.warning(
+            f'This training state is of {len(generators)} process(es), this run has {model.opt.get("world_size", 1)}: '
+            'it continues, but not exactly.'
+        )
+    else:
+        _restore_generators(generators[rank], model.device)
     if ours.get('best_metric_results'):
         model.best_metric_results = ours['best_metric_results']
     if hasattr(model, 'load_extra_state'):
-        model.load_extra_state(ours.get('extra', {}))
+        model.load_extra_state(ours.get('extra') or {})

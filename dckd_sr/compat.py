@@ -6,6 +6,7 @@ put into ``sys.modules``, and methods that lose data or crash are replaced on th
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -152,6 +153,8 @@ def repair_devices():
     from basicsr.models.base_model import BaseModel
     from torch.nn.parallel import DistributedDataParallel
 
+    from dckd_sr.ops.stepping import Stepping
+
     def __init__(self, opt):
         self.opt = opt
         use_cuda = opt.get('num_gpu', 0) != 0 and torch.cuda.is_available()
@@ -159,6 +162,9 @@ def repair_devices():
         self.is_train = opt['is_train']
         self.schedulers = []
         self.optimizers = []
+        train_opt = opt.get('train') or {}
+        clip = train_opt.get('grad_clip', 0.01 if train_opt.get('use_grad_clip') else None)
+        self.steps = Stepping(train_opt.get('accum_iter', 1), clip)
 
     def model_to_device(self, net):
         net = net.to(self.device)
@@ -173,12 +179,16 @@ def repair_devices():
 
 
 def repair_optimizers():
-    """base_model.py:104 knows Adam only; any class of torch.optim serves."""
+    """base_model.py:104 knows Adam only; any class of torch.optim serves, behind the gate of `ops.stepping`."""
     import torch
     from basicsr.models.base_model import BaseModel
 
     def get_optimizer(self, optim_type, params, lr, **kwargs):
-        return getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
+        params, cls = list(params), getattr(torch.optim, optim_type)
+        fuses = 'fused' in inspect.signature(cls).parameters and not {'fused', 'foreach'} & set(kwargs)
+        if fuses and self.device.type == 'cuda':
+            kwargs['fused'] = True  # one kernel, and it can be told on the device to leave a step out
+        return self.steps.attach(cls(params, lr=lr, **kwargs))
 
     BaseModel.get_optimizer = get_optimizer
 
@@ -190,7 +200,8 @@ def repair_ema():
     from dckd_sr.ops.history import average_
 
     def model_ema(self, decay=0.999):
-        average_(self.net_g_ema, self.get_bare_model(self.net_g), decay)
+        if self.steps.due:
+            average_(self.net_g_ema, self.get_bare_model(self.net_g), decay, self.steps.ok)
 
     BaseModel.model_ema = model_ema
 
@@ -209,7 +220,7 @@ def repair_logs():
             stacked = torch.stack([value.to(self.device).float() for value in values.values()])
             torch.distributed.all_reduce(stacked)
             values = dict(zip(values, stacked / torch.distributed.get_world_size()))
-        return values
+        return self.steps.record(values)
 
     def get_current_log(self):
         return {name: float(value) for name, value in self.log_dict.items()}
@@ -240,13 +251,15 @@ def repair_checkpoints():
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         name = 'latest' if current_iter == -1 else current_iter
-        path = Path(self.opt['path']['models']) / f'{net_label}_{name}.pth'
-        checkpoint.save_network({key: self.get_bare_model(net_) for key, net_ in zip(keys, nets)}, path)
+        suffix = (self.opt.get('logger') or {}).get('save_checkpoint_format', 'pth')
+        path = Path(self.opt['path']['models']) / f'{net_label}_{name}.{suffix}'
+        files = checkpoint.save_network({key: self.get_bare_model(net_) for key, net_ in zip(keys, nets)}, path)
+        self.saved_files = {**getattr(self, 'saved_files', {}), **files}
 
-    @master_only
     def save_training_state(self, epoch, current_iter):
         if current_iter != -1:
             checkpoint.save_state(self, epoch, current_iter)
+        self.saved_files = {}
 
     def resume_training(self, resume_state):
         checkpoint.restore_state(self, resume_state)
@@ -286,9 +299,7 @@ def repair_validation():
         evaluation.validate(self, dataloader, current_iter, tb_logger, save_img)
 
     def dist_validation(self, dataloader, current_iter, tb_logger, save_img):
-        if self.opt['rank'] == 0:
-            self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
-        torch.distributed.barrier()
+        self.nondist_validation(dataloader, current_iter, tb_logger, save_img)  # its loader has this rank's share
 
     SRModel.test = test
     SwinIRModel.test = test

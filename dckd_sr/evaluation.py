@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import itertools
 import json
 import math
 import os
@@ -174,7 +175,8 @@ def evaluate(
         return Path(save_dir) / f'{image}{suffix}.png'
 
     with _eval_mode(net), torch.no_grad():
-        return _run(restore, loader, metrics or {}, path_of if save_dir is not None else None, progress)
+        result = _run(restore, loader, metrics or {}, path_of if save_dir is not None else None, progress)
+    return _averaged(result, metrics or {})
 
 
 def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
@@ -201,6 +203,9 @@ def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
         return folder / name / f'{image}_{val.get("suffix") or model.opt["name"]}.png'
 
     result = _run(restore, loader, metrics or {}, path_of if save_img else None, val.get('pbar', False))
+    if model.opt.get('world_size', 1) > 1:
+        result = _gathered(result)
+    _averaged(result, metrics or {})
     for attribute in ('lq', 'gt', 'output'):
         model.__dict__.pop(attribute, None)
     for note in result.notes:
@@ -239,13 +244,20 @@ def _run(restore, loader, metrics, path_of, progress) -> Result:
         if path_of is not None:
             write_image(path_of(image), sr)
         result.rows.append({'image': image, **values, 'seconds': seconds})
-    if not result.rows:
-        raise UserError('there are no images in this set')
-    _average(result, metrics)
     return result
 
 
-def _average(result, metrics):
+def _gathered(result) -> Result:
+    """The images of all ranks in the order of the set, of which each rank had every world_size-th."""
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, result)
+    rows = [row for group in itertools.zip_longest(*(part.rows for part in parts)) for row in group if row is not None]
+    return Result(rows=rows, notes=[note for part in parts for note in part.notes])
+
+
+def _averaged(result, metrics) -> Result:
+    if not result.rows:
+        raise UserError('there are no images in this set')
     for name in metrics:
         values = [row[name] for row in result.rows if row[name] is not None]
         finite = [value for value in values if math.isfinite(value)]
@@ -258,6 +270,7 @@ def _average(result, metrics):
             of_mean = 'left out of the mean' if finite else 'so is the mean'
             why = ' (output equal to the ground truth)' if 'psnr' in metrics[name]['type'] else ''
             result.notes.append(f'{name} is inf for {", ".join(equal)}{why}; {of_mean}')
+    return result
 
 
 def _needs_gt(function):

@@ -3,12 +3,22 @@
 A new key is one line in a section; a new model type is one line in `MODELS`. `option_checks` does the checking.
 """
 
+import keyword
 import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Optional
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 
 
 def _no_bool(value):
@@ -33,6 +43,22 @@ def _folder_name(value):
     return value
 
 
+def _or_list(item):
+    """For editors: what `_listed` admits."""
+    return WithJsonSchema({'anyOf': [item, {'type': 'array', 'items': item, 'minItems': 1}]})
+
+
+def is_module_name(value):
+    """Whether a value is a plain dotted name, as in an import statement."""
+    return isinstance(value, str) and all(n.isidentifier() and not keyword.iskeyword(n) for n in value.split('.'))
+
+
+def _module_name(value):
+    if not is_module_name(value):
+        raise ValueError('expected the dotted name of a module, such as my_package.archs')
+    return value
+
+
 def expand(path):
     """A path with ~ expanded; anything else as it is."""
     return os.path.expanduser(path) if isinstance(path, str) else path
@@ -42,10 +68,18 @@ Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
-Positives = Annotated[list[Positive], BeforeValidator(_listed), Field(min_length=1)]
-Gpus = Annotated[Any, AfterValidator(_gpus)]
+PositiveNumber = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+Positives = Annotated[
+    list[Positive], BeforeValidator(_listed), Field(min_length=1), _or_list({'type': 'integer', 'minimum': 1})
+]
+Gpus = Annotated[
+    Any, AfterValidator(_gpus), WithJsonSchema({'anyOf': [{'const': 'auto'}, {'type': 'integer', 'minimum': 0}]})
+]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathName = Annotated[str, AfterValidator(expand)]
+ModuleNames = Annotated[
+    list[Annotated[str, AfterValidator(_module_name)]], BeforeValidator(_listed), _or_list({'type': 'string'})
+]
 Block = dict[str, Any]
 
 
@@ -74,6 +108,10 @@ class Train(Section):
     optim_g: Optional[Block] = Field(None, description='optimiser: a class of torch.optim and its arguments')
     scheduler: Block = Field({'type': 'MultiStepLR', 'milestones': []}, description='learning rate schedule')
     ema_decay: float = Field(0, ge=0, lt=1, description="decay of the student's moving average, 0 for none")
+    accum_iter: Positive = Field(1, description='batches whose gradients make one iteration')
+    grad_clip: Optional[PositiveNumber] = Field(None, description='largest norm of the gradient')
+    use_grad_clip: Optional[bool] = Field(None, description="NAFNet's and Restormer's name for grad_clip: 0.01")
+    on_nonfinite: Literal['stop', 'skip'] = Field('stop', description='what follows a loss or gradient that is no number')
     pixel_opt: Optional[Block] = Field(None, description='loss against the ground truth')
     perceptual_opt: Optional[Block] = Field(None, description='perceptual loss against the ground truth')
 
@@ -145,6 +183,11 @@ class Wandb(Section):
 class Logger(Section):
     print_freq: Positive = Field(100, description='log every so many iterations')
     save_checkpoint_freq: Positive = Field(5000, description='save every so many iterations')
+    save_checkpoint_format: Literal['pth', 'safetensors'] = Field('pth', description='format of the network files')
+    keep_checkpoints: Optional[Positive] = Field(
+        None, description='keep this many of the last checkpoints, and the best of each metric; all if empty'
+    )
+    on_save_error: Literal['stop', 'continue'] = Field('stop', description='what follows a checkpoint not written')
     use_tb_logger: bool = Field(False, description='write TensorBoard files')
     wandb: Optional[Wandb] = None
 
@@ -159,6 +202,7 @@ class Top(Section):
 
     name: Optional[FolderName] = Field(None, description='name of the run and of its folder')
     model_type: Optional[str] = Field(None, description='model class')
+    imports: Optional[ModuleNames] = Field(None, description='modules with archs, losses, models, ... of your own')
     scale: Positive = Field(1, description='output size over input size')
     num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
     manual_seed: Optional[Count] = Field(None, description='seed; drawn if empty')
@@ -205,6 +249,9 @@ class TrainLoader(Section):
     num_worker_per_gpu: Count = 4
     batch_size_per_gpu: Positive = 16
     dataset_enlarge_ratio: Positive = 1
+    mini_batch_sizes: Optional[Positives] = Field(None, description='progressive training: batch_size_per_gpu per stage')
+    gt_sizes: Optional[Positives] = Field(None, description='progressive training: gt_size per stage')
+    iters: Optional[Positives] = Field(None, description='progressive training: iterations of each stage')
 
 
 class _Crops(Dataset):

@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ if __name__ == '__main__':
 import torch
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, logs, options
+from dckd_sr import checkpoint, logs, option_changes, options, processes
 from dckd_sr.errors import UserError
 
 try:
@@ -32,16 +33,19 @@ from basicsr.utils.options import dict2str
 from dckd_sr.data import build_train_loader, build_val_loaders
 from dckd_sr.evaluation import bicubic, evaluate
 
+PATIENCE = 10  # iterations in a row that may be left out with train.on_nonfinite: skip
+
 
 def main(argv=None):
     """Command line entry point.
 
     Returns:
-        exit code: 0 done, 2 a mistake in options, paths or images (one message, no traceback), 130 interrupted.
+        exit code: 0 done (or stopped by SIGUSR1), 2 a mistake in options, paths or images, or no room to save (one
+        message, no traceback), 130 stopped by SIGINT, 143 by SIGTERM.
     """
     try:
         opt, args, notes = options.parse(sys.argv[1:] if argv is None else argv, is_train=True)
-        train(opt, args, notes)
+        return train(opt, args, notes)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -51,14 +55,16 @@ def main(argv=None):
         print('interrupted; continue with --auto_resume', file=sys.stderr)
         return 130
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        processes.stop()
 
 
 def train(opt, args, notes=()):
-    """Run the training that a resolved option dict describes; see `options.parse` for its entries."""
-    start_processes(opt, args.launcher)
+    """Run the training that a resolved option dict describes; see `options.parse` for its entries.
+
+    Returns:
+        exit code, see `main`.
+    """
+    processes.start(opt, args.launcher)
     set_random_seed(opt['manual_seed'] + opt['rank'])
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
@@ -66,9 +72,12 @@ def train(opt, args, notes=()):
     logs.start(bar=bar)
 
     state, state_path = checkpoint.find_state(opt)
-    train_loader, sampler = build_train_loader(
-        opt, opt['manual_seed'], opt['world_size'], opt['rank'], state['iter'] if state else 0
-    )
+    if processes.largest(state['iter'] if state else 0, opt) != (state['iter'] if state else 0):
+        raise UserError(f'the ranks see different checkpoints in {opt["path"]["training_states"]}: share that folder')
+    text = options.to_yaml(opt)
+    changes = option_changes.compare(state, text) if state else []
+    start = state['iter'] if state else 0
+    train_loader, sampler = build_train_loader(opt, opt['manual_seed'], opt['world_size'], opt['rank'], start)
     val_loaders = build_val_loaders(opt)
     if state:
         for name in checkpoint.trained_networks(opt):
@@ -79,45 +88,79 @@ def train(opt, args, notes=()):
     else:
         look_first(model, val_loaders, opt)
 
-    make_folders(opt, args.opt, keep=state is not None)
+    make_folders(opt, args.opt, text, keep=state is not None)
     logger = logs.start(Path(opt['path']['log']) / f'train_{opt["name"]}_{get_time_str()}.log', bar)
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
-    for note in notes:
+    for note in [*notes, *changes]:
         logger.warning(note)
-    tb_logger = start_dashboards(opt)
-    total = int(opt['train']['total_iter'])
-    start = state['iter'] if state else 0
     logger.info(
-        f'Training: {len(train_loader.dataset)} images, batch {train_loader.batch_size} x {opt["world_size"]} on '
-        f'{model.device}, {sampler.iterations_per_epoch} iterations an epoch, {total} iterations.'
+        f'Training: {len(train_loader.dataset)} images, batch {describe_batch(opt, sampler)} on {model.device}, '
+        f'{sampler.iterations_per_epoch} iterations an epoch, {int(opt["train"]["total_iter"])} iterations.'
     )
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')
+    model.run_state = {'options': text, 'failures': ((state or {}).get('dckd_sr') or {}).get('failures', 0)}
+    with processes.Signals() as signals:
+        return run(model, opt, train_loader, sampler, val_loaders, start, bar, signals)
 
+
+def run(model, opt, train_loader, sampler, val_loaders, start, bar, signals):
+    """The training loop, from the iteration after ``start`` to the last, or to a signal.
+
+    Returns:
+        exit code.
+    """
+    logger, tb_logger = logs.logging.getLogger('basicsr'), start_dashboards(opt)
+    total, accum_iter = int(opt['train']['total_iter']), sampler.accum_iter
+    print_freq, save_freq = int(opt['logger']['print_freq']), int(opt['logger']['save_checkpoint_freq'])
+    val_freq = int(opt['val']['val_freq']) if opt.get('val') and val_loaders else 0
     message_logger = MessageLogger(opt, start, tb_logger)
     message_logger.max_iters = total + 1  # it takes one off, which makes the last ETA negative
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     progress = tqdm(total=total, initial=start, disable=not bar, dynamic_ncols=True, unit='it')
-    print_freq, save_freq = int(opt['logger']['print_freq']), int(opt['logger']['save_checkpoint_freq'])
-    val_freq = int(opt['val']['val_freq']) if opt.get('val') and val_loaders else 0
-    batches = iter(train_loader)
-    current_iter, began = start, time.time()
-    for current_iter in range(start + 1, total + 1):
-        batch = next(batches)
-        data_timer.record()
+    batches, began, saved, stage = iter(train_loader), time.time(), start, None
 
+    def validate(iteration):
+        """True if a signal cut it short: its turn comes again after resuming."""
+        if not val_freq or not iteration or not (iteration % val_freq == 0 or iteration == total):
+            return False
+        try:
+            signals.interruptible = opt['world_size'] == 1 and not signals.received
+            for loader in val_loaders:
+                model.validation(loader, iteration, tb_logger, opt['val']['save_img'])
+        except processes.Stopped:
+            return True
+        finally:
+            signals.interruptible = False
+        return False
+
+    # A state is saved before its validation, which is repeated here: it decides the best metrics.
+    validate(start)
+    for current_iter in range(start + 1, total + 1):
+        if sampler.stage(current_iter - 1)[0] != stage and len(sampler.stages) > 1:
+            stage = sampler.stage(current_iter - 1)[0]
+            now = sampler.stages[stage]
+            logger.info(f'Stage {stage + 1} of {len(sampler.stages)}: gt_size {now.gt_size}, batch {now.batch_size}.')
         model.update_learning_rate(current_iter, warmup_iter=opt['train'].get('warmup_iter', -1))
-        model.feed_data(batch)
-        model.optimize_parameters(current_iter)
+        for micro in range(accum_iter):
+            batch = next(batches)
+            data_timer.record()
+            model.steps.begin(current_iter, micro)
+            model.feed_data(batch)
+            model.optimize_parameters(current_iter)
+            data_timer.start()
         iter_timer.record()
         if current_iter == start + 1:
             message_logger.reset_start_time()  # the first iteration loads kernels and starts workers
 
         progress.update()
         epoch = (current_iter - 1) // sampler.iterations_per_epoch
+        stopping = processes.largest(signals.received, opt)
+        due = current_iter % save_freq == 0 or current_iter == total or bool(stopping)
+        if current_iter % print_freq == 0 or due:
+            check_finite(model, train_loader, sampler, opt)
         if current_iter % print_freq == 0 or current_iter == total:
             losses = model.get_current_log()
-            check_finite(losses, current_iter)
             progress.set_postfix({name: f'{value:.3g}' for name, value in losses.items()})
             message_logger(
                 {
@@ -129,21 +172,76 @@ def train(opt, args, notes=()):
                     **losses,
                 }
             )
-        if current_iter % save_freq == 0:
+        if due:
             logger.info('Saving models and training states.')
-            model.save(epoch, current_iter)
-        if val_freq and (current_iter % val_freq == 0 or current_iter == total):
-            for loader in val_loaders:
-                model.validation(loader, current_iter, tb_logger, opt['val']['save_img'])
-        data_timer.start()
+            saved = current_iter if save(model, epoch, current_iter, opt) else saved
+        if not stopping and validate(current_iter):
+            stopping = signals.received
+            if saved != current_iter:
+                save(model, epoch, current_iter, opt)
+        if stopping:
+            progress.close()
+            signals.received = stopping
+            name = signal.Signals(stopping).name
+            logger.warning(f'Stopped by {name} after iteration {current_iter}. Continue with: {resume_command(opt)}')
+            return signals.exit_code
         iter_timer.start()
+        data_timer.start()
 
     progress.close()
     logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - began))}')
-    model.save(epoch=-1, current_iter=-1)
+    save(model, -1, -1, opt)
     logger.info(f'Saved the latest model in {opt["path"]["models"]}.')
     if tb_logger:
         tb_logger.close()
+    return 0
+
+
+def describe_batch(opt, sampler):
+    """'16', '16 x 4 processes', '8/5/4 (progressive) x 2 accumulated'."""
+    sizes = [stage.batch_size for stage in sampler.stages]
+    text = f'{"/".join(map(str, sizes))}{" (progressive)" if len(sizes) > 1 else ""}'
+    text += f' x {sampler.accum_iter} accumulated' if sampler.accum_iter > 1 else ''
+    return text + (f' x {opt["world_size"]} processes' if opt['world_size'] > 1 else '')
+
+
+def resume_command(opt):
+    """The command line of this run, with --auto_resume."""
+    words = ['python', *sys.argv] if sys.argv and sys.argv[0].endswith('.py') else list(sys.argv)
+    words += [] if '--auto_resume' in words else ['--auto_resume']
+    launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", opt["world_size"])} '
+    if opt['dist'] and 'TORCHELASTIC_RUN_ID' in os.environ:
+        return launcher + ' '.join(words[1:] if words[0] == 'python' else words)
+    return ' '.join(words)
+
+
+def save(model, epoch, current_iter, opt):
+    """Write a checkpoint and delete those that are not to be kept.
+
+    Returns:
+        whether it was written.
+
+    Raises:
+        UserError: it could not be written, and ``logger.on_save_error`` is not continue.
+    """
+    try:
+        model.save(epoch, current_iter)
+    except UserError as error:
+        if opt['logger'].get('on_save_error') != 'continue':
+            raise UserError(f'{error}. {last_checkpoint(opt)}') from error
+        logs.logging.getLogger('basicsr').error(f'{error}. Training goes on without this checkpoint.')
+        return False
+    keep = opt['logger'].get('keep_checkpoints')
+    if keep and opt['rank'] == 0 and current_iter > 0:
+        best = {m['iter'] for metrics in getattr(model, 'best_metric_results', {}).values() for m in metrics.values()}
+        checkpoint.prune(opt, keep, best)
+    return True
+
+
+def last_checkpoint(opt):
+    """A sentence about what there is to continue from."""
+    states = [int(f.stem) for f in Path(opt['path']['training_states']).glob('*.state') if f.stem.isdigit()]
+    return f'The checkpoint of iteration {max(states)} is intact' if states else 'There is no earlier checkpoint'
 
 
 def build(opt):
@@ -155,38 +253,7 @@ def build(opt):
         raise UserError(f'{opt["model_type"]} cannot be built from these options: {message}') from error
 
 
-def start_processes(opt, launcher):
-    """Join the process group of torchrun or SLURM: nccl where there is a GPU, gloo elsewhere."""
-    if launcher == 'slurm':
-        for ours, theirs in (('RANK', 'SLURM_PROCID'), ('WORLD_SIZE', 'SLURM_NTASKS'), ('LOCAL_RANK', 'SLURM_LOCALID')):
-            os.environ.setdefault(ours, os.environ.get(theirs, ''))
-        os.environ.setdefault('MASTER_PORT', str((opt.get('dist_params') or {}).get('port', 29500)))
-        if 'SLURM_STEP_NODELIST' in os.environ and 'MASTER_ADDR' not in os.environ:
-            import subprocess
-
-            names = subprocess.run(
-                ['scontrol', 'show', 'hostnames', os.environ['SLURM_STEP_NODELIST']], capture_output=True, text=True
-            )
-            os.environ['MASTER_ADDR'] = names.stdout.split()[0]
-    if launcher != 'none':
-        missing = [
-            name
-            for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-            if not os.environ.get(name)
-        ]
-        if missing:
-            raise UserError(
-                f'--launcher {launcher}: {", ".join(missing)} not set; '
-                'start with torchrun --nproc_per_node=N dckd_sr/train.py -opt ... --launcher pytorch'
-            )
-        use_cuda = torch.cuda.is_available() and opt['num_gpu'] != 0
-        if use_cuda:
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
-        torch.distributed.init_process_group('nccl' if use_cuda else 'gloo')
-        opt['rank'], opt['world_size'] = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def make_folders(opt, opt_file, keep):
+def make_folders(opt, opt_file, text, keep):
     """The run's folders, with the option file and its resolved form; an earlier run of that name is moved aside."""
     if opt['rank'] == 0:
         root = Path(opt['path']['experiments_root'])
@@ -199,7 +266,8 @@ def make_folders(opt, opt_file, keep):
             for key in ('experiments_root', 'models', 'training_states', 'log', 'visualization'):
                 Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
             shutil.copy(opt_file, root)
-            (root / 'resolved.yml').write_text(options.to_yaml(opt), encoding='utf-8')
+            (root / 'resolved.yml').write_text(text, encoding='utf-8')
+            checkpoint.sweep(opt)
         except OSError as error:
             raise UserError(f'cannot write the run to {root}: {error}') from error
     if opt['dist']:
@@ -227,11 +295,19 @@ def look_first(model, val_loaders, opt):
     """Before step 1, score one validation image: bicubic, teacher, student. A teacher below bicubic is a wrong teacher.
 
     Raises:
-        UserError: the teacher scores below bicubic and ``train.check_teacher`` is not false.
+        UserError: the teacher scores below bicubic and ``train.check_teacher`` is not false; on all ranks.
     """
-    batch = next((batch for loader in val_loaders for batch in loader if 'gt' in batch), None)
-    if batch is None or not hasattr(model, 'net_t') or opt['rank'] != 0:
+    if not hasattr(model, 'net_t'):
         return
+    problem = processes.share(_first_look(model, val_loaders, opt) if opt['rank'] == 0 else None, opt)
+    if problem:
+        raise UserError(problem)
+
+
+def _first_look(model, val_loaders, opt):
+    batch = next((batch for loader in val_loaders for batch in loader if 'gt' in batch), None)
+    if batch is None:
+        return None
     scale = opt.get('scale', 1)
     metric = next(
         (m for m in (opt['val'].get('metrics') or {}).values() if m['type'] == 'calculate_psnr'),
@@ -254,20 +330,46 @@ def look_first(model, val_loaders, opt):
     )
     floor = psnr.get('bicubic', psnr.get('input'))
     if psnr.get('teacher', math.inf) < floor and opt['train'].get('check_teacher', True):
-        raise UserError(
+        return (
             f'network_t: the teacher reaches {psnr["teacher"]:.2f} dB on {image}, below {floor:.2f} dB without any '
             'network. Are these its weights, its scale, its img_range? train.check_teacher: false trains all the same'
         )
+    return None
 
 
-def check_finite(losses, current_iter):
-    """Stop at the first printed loss that is not a number: nothing after it can be of use."""
-    bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
-    if bad:
-        shown = ', '.join(f'{name} = {value}' for name, value in bad.items())
-        raise UserError(
-            f'iteration {current_iter}: {shown}; the last checkpoint is intact. Is train.optim_g.lr too high?'
-        )
+def check_finite(model, loader, sampler, opt):
+    """Look at the losses and gradients since the last look; what was not finite has moved no weight.
+
+    Raises:
+        UserError: one was not finite and ``train.on_nonfinite`` is stop, or ten iterations in a row were not.
+    """
+    bad, looked = model.steps.take()
+    wrong, row = {step.iteration for step in bad}, model.run_state['failures']
+    longest = row
+    for iteration in dict.fromkeys(step.iteration for step in looked):
+        row = row + 1 if iteration in wrong else 0
+        longest = max(longest, row)
+    model.run_state['failures'] = row
+    if not bad:
+        return
+    first = bad[0]
+    terms = [f'{name} = {value}' for name, value in first.terms.items() if not math.isfinite(value)] or ['the gradient']
+    what = f'iteration {first.iteration}: {", ".join(terms)} is not finite'
+    skip = opt['train'].get('on_nonfinite') == 'skip'
+    if skip and longest < PATIENCE:
+        count = f'{len(wrong)} of {len({step.iteration for step in looked})} iterations'
+        logs.logging.getLogger('basicsr').warning(f'{what}; {count} since the last line moved no weight')
+        return
+    path = Path(opt['path']['experiments_root']) / f'nonfinite_{first.iteration}_rank{opt["rank"]}.pth'
+    # A batch is a function of its keys: it need not be kept on the device until somebody asks.
+    keys = sampler.keys(first.iteration - 1, first.micro)
+    batch = torch.utils.data.default_collate([loader.dataset[key] for key in keys])
+    checkpoint.write({**batch, 'iteration': first.iteration, 'terms': first.terms}, path)
+    more = f'{PATIENCE} iterations in a row; ' if skip else ''
+    raise UserError(
+        f'{what}; {more}it moved no weight. The batch is in {path}. {last_checkpoint(opt)}. Is train.optim_g.lr too '
+        'high? train.grad_clip limits gradients, train.on_nonfinite: skip leaves such iterations out'
+    )
 
 
 if __name__ == '__main__':

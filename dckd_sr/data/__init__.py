@@ -13,10 +13,11 @@ from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
 from dckd_sr.data import repairs
-from dckd_sr.data.sampler import TrainSampler
+from dckd_sr.data.sampler import Stage, TrainSampler
 from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError
 from dckd_sr.ops.seeding import seed_of
+from dckd_sr.processes import ignore_signals
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name.endswith('_dataset'):
@@ -31,10 +32,12 @@ def build_train_loader(
     """The endless training loader, at the sample that follows ``start_iteration`` iterations.
 
     Works with every map-style dataset of BasicSR. What a sample contains depends on (seed, position) only: not on the
-    number of workers, nor on resuming. Batches have batch_size_per_gpu samples, whatever num_gpu says.
+    number of workers, nor on resuming. Batches have batch_size_per_gpu samples, whatever num_gpu says, or follow the
+    progressive schedule of datasets.train (mini_batch_sizes, gt_sizes, iters: Restormer's names); an iteration has
+    train.accum_iter of them.
 
     Args:
-        opt: the whole option dict, not changed; reads datasets.train and scale.
+        opt: the whole option dict, not changed; reads datasets.train, train.accum_iter and scale.
         seed: the run's manual_seed.
         world_size, rank: number of processes and which one this is.
 
@@ -57,12 +60,13 @@ def build_train_loader(
     dataset = _build('train', options)
     if len(dataset) == 0:
         raise UserError(f'datasets.train ({options["name"]}) has no images')
-    sampler = TrainSampler(len(dataset), batch_size, world_size, rank, seed, start_iteration, ratio)
+    stages = _stages(options, batch_size)
+    accum_iter = (opt.get('train') or {}).get('accum_iter', 1)
+    sampler = TrainSampler(len(dataset), stages, world_size, rank, seed, start_iteration, ratio, accum_iter)
     # BasicSR's CPU prefetch thread hangs on an error and would only add to what the workers prefetch already.
     loader = Loader(
         SeededDataset(dataset, seed),
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=sampler,
         num_workers=workers,
         pin_memory=_pin_memory(options),
         persistent_workers=workers > 0,
@@ -86,6 +90,8 @@ def build_val_loaders(opt: dict[str, Any]) -> list[DataLoader]:
 def build_val_loader(opt: dict[str, Any], name: str) -> DataLoader:
     """The loader of ``datasets.<name>``, one image at a time; its dataset has BasicSR's ``opt``.
 
+    Of several processes, each gets its share of the images.
+
     Works without processes unless the dataset's num_worker_per_gpu asks for some.
 
     Raises:
@@ -94,10 +100,11 @@ def build_val_loader(opt: dict[str, Any], name: str) -> DataLoader:
     options = _dataset_options(opt, name, name.split('_')[0])
     workers = _number(options, 'num_worker_per_gpu', 0)
     seed = opt.get('manual_seed') or 0
+    dataset = SeededDataset(_build(name, options), seed)
     return Loader(
-        SeededDataset(_build(name, options), seed),
+        dataset,
         batch_size=1,
-        shuffle=False,
+        sampler=range(opt.get('rank', 0), len(dataset), opt.get('world_size', 1)),
         num_workers=workers,
         pin_memory=_pin_memory(options),
         persistent_workers=bool(options.get('persistent_workers')) and workers > 0,
@@ -149,6 +156,16 @@ def _build(name, options):
         raise UserError(f'datasets.{name}: cannot build {options.get("type")}: {error}') from error
 
 
+def _stages(options, batch_size):
+    """The progressive schedule, or one stage of the dataset's own crop."""
+    lists = [options.get(key) for key in ('iters', 'mini_batch_sizes', 'gt_sizes')]
+    if all(value is None for value in lists):
+        return [Stage(1, batch_size)]
+    if not all(isinstance(value, list) and len(value) == len(lists[0] or ()) > 0 for value in lists):
+        raise UserError('datasets.train: iters, mini_batch_sizes and gt_sizes are lists of one length')
+    return [Stage(*numbers) for numbers in zip(*lists)]
+
+
 def _number(options, key, default, least=0):
     value = options.get(key)
     value = default if value is None else value
@@ -169,3 +186,4 @@ def _own_generator(seed):
 
 def _init_worker(worker_id: int):
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads may also hang after a fork
+    ignore_signals()

@@ -49,12 +49,16 @@ class SeededDataset(Dataset):
         return getattr(self.dataset, name)
 
     def __getitem__(self, key):
-        """The sample at key = (position, index); an integer key is both.
+        """The sample at key = (position, index) or (position, index, gt_size); an integer key is position and index.
+
+        A gt_size replaces the dataset's own crop from here on (progressive training).
 
         Raises:
             DataError: the dataset failed; the message names the files of that index.
         """
-        position, index = key if isinstance(key, tuple) else (key, key)
+        position, index, *gt_size = key if isinstance(key, tuple) else (key, key)
+        if gt_size and gt_size[0] is not None:
+            self.dataset.opt['gt_size'] = self.dataset.gt_size = gt_size[0]  # BasicSR reads the former, ours the latter
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         seed = seed_of(self.seed, 'data', position)
         random.seed(seed)

@@ -81,7 +81,7 @@ class DynamicContrastiveLoss(nn.Module):
         self.reduce = reduce
         self.stats = {}
         self.encoder = None if encoder is None else build_loss_encoder(encoder)
-        self._left_out = None  # device-side count since the last report
+        self.left_out = None  # device-side count since the last report
         self._warned = False
         if self.encoder is not None:
             self.check_levels(self.encoder.num_levels)
@@ -150,8 +150,8 @@ class DynamicContrastiveLoss(nn.Module):
         ``guarded`` counts the levels left out since the last report; if there are any, one warning a run says so.
         Empty before the first comparison.
         """
-        left_out = 0 if self._left_out is None else int(self._left_out)
-        self._left_out = None
+        left_out = 0 if self.left_out is None else int(self.left_out)
+        self.left_out = None
         if left_out and not self._warned:
             self._warned = True
             get_root_logger().warning(
@@ -182,7 +182,7 @@ class DynamicContrastiveLoss(nn.Module):
         self.stats = {f'numerator_{i}': value for i, value in enumerate(numerators.unbind())}
         self.stats.update({f'denominator_{i}': value for i, value in enumerate(denominators.unbind())})
         self.stats['guarded'] = left_out
-        self._left_out = left_out if self._left_out is None else self._left_out + left_out
+        self.left_out = left_out if self.left_out is None else self.left_out + left_out
 
 
 def _distance_to_all(anchor, negatives):

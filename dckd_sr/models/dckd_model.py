@@ -76,7 +76,8 @@ class DCKDModel(KDModel):
 
     def first_index(self, current_iter):
         """Index of this rank's first sample among all samples of the run: draws depend on it, not on the rank."""
-        return ((current_iter - 1) * self.opt['world_size'] + self.opt['rank']) * len(self.lq)
+        micro_batch = (current_iter - 1) * self.steps.accum_iter + self.steps.micro
+        return (micro_batch * self.opt['world_size'] + self.opt['rank']) * len(self.lq)
 
     @torch.no_grad()
     def teach(self, current_iter):
@@ -113,8 +114,9 @@ class DCKDModel(KDModel):
 
     def optimize_parameters(self, current_iter):
         super().optimize_parameters(current_iter)
-        if self.net_his is not None and current_iter % update_interval(self.step, current_iter, self.step_period) == 0:
-            average_(self.net_his, self.history_source(), self.update_decay)
+        interval = update_interval(self.step, current_iter, self.step_period)
+        if self.net_his is not None and self.steps.due and current_iter % interval == 0:
+            average_(self.net_his, self.history_source(), self.update_decay, self.steps.ok)
 
     def get_current_log(self):
         log = super().get_current_log()
@@ -126,9 +128,14 @@ class DCKDModel(KDModel):
 
     def extra_state(self):
         """What a training state must hold besides BasicSR's entries: the history network."""
-        return {} if self.net_his is None else {'net_his': self.net_his.state_dict()}
+        state = {} if self.net_his is None else {'net_his': self.net_his.state_dict()}
+        if self.cri_cl is not None:
+            state['levels_left_out'] = self.cri_cl.left_out
+        return state
 
     def load_extra_state(self, state):
+        if self.cri_cl is not None:
+            self.cri_cl.left_out = state.get('levels_left_out')
         if self.net_his is None:
             return
         if 'net_his' in state:

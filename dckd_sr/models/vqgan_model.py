@@ -107,7 +107,8 @@ class VQGANModel(SRModel):
         terms['l_commit'] = self.cri_commit(z, z_q.detach())
         sum(terms.values()).backward()
         self.optimizer_g.step()
-        self.update_codes(rows(z), indices.flatten(), current_iter)
+        if self.steps.due:
+            self.update_codes(rows(z), indices.flatten(), current_iter)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         terms['code_usage'] = (self.idle < (self.restart_after or 256)).float().mean()
@@ -139,6 +140,8 @@ class VQGANModel(SRModel):
             features: (N, embed_dim), detached or not.
             indices: (N,) the code of each.
         """
+        # A step that was left out moves no code: features that are no numbers are replaced by the codes themselves.
+        features = torch.where(torch.as_tensor(self.steps.ok, device=self.device), features, self.code_vectors[indices])
         codes = torch.arange(len(self.code_vectors), device=self.device)
         assigned = (indices == codes[:, None]).to(features.dtype)
         sizes, sums = assigned.sum(1), assigned @ features
@@ -181,6 +184,8 @@ class VQGANModel(SRModel):
         codes = len(self.net_g.quantize.embedding.weight)
         self.codes_seen = torch.zeros(codes, dtype=torch.int64, device=self.device)
         evaluation.validate(self, dataloader, current_iter, tb_logger, save_img)
+        if self.opt.get('dist'):
+            torch.distributed.all_reduce(self.codes_seen)
         used, spread = int((self.codes_seen > 0).sum()), float(perplexity(self.codes_seen))
         self.codes_seen = None
         name = dataloader.dataset.opt['name']

@@ -2,11 +2,12 @@ import itertools
 
 import pytest
 
-from dckd_sr.data.sampler import TrainSampler
+from dckd_sr.data.sampler import Stage, TrainSampler
 
 
 def take(sampler, count):
-    return list(itertools.islice(sampler, count))
+    """The first `count` (position, index) of the batches in a row."""
+    return [key[:2] for key in itertools.islice(itertools.chain.from_iterable(sampler), count)]
 
 
 def test_every_pass_is_another_permutation():
@@ -46,7 +47,28 @@ def test_seed_changes_the_order_and_the_ratio_only_the_epoch_length():
     assert TrainSampler(50, 4, 2, 0, 0, enlarge_ratio=100).iterations_per_epoch == 625
 
 
-@pytest.mark.parametrize('changed', [{'length': 0}, {'batch_size': 0}, {'rank': 2}, {'enlarge_ratio': 0}])
+STAGES = [Stage(3, 4, 32), Stage(2, 3, 48), Stage(1, 1, 64)]
+
+
+def test_progressive_stages():
+    batches = list(itertools.islice(TrainSampler(5, STAGES, 1, 0, seed=1), 8))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 3, 3, 1, 1, 1]
+    assert [batch[0][2] for batch in batches] == [32, 32, 32, 48, 48, 64, 64, 64]
+    positions = [key[0] for batch in batches for key in batch]
+    assert positions == list(range(21))  # no sample is passed over or seen twice where the stage changes
+    for start in range(8):
+        assert next(iter(TrainSampler(5, STAGES, 1, 0, 1, start_iteration=start))) == batches[start]
+
+
+def test_micro_batches_and_processes_share_the_global_batch():
+    whole = list(itertools.islice(TrainSampler(7, 12, 1, 0, seed=2), 3))
+    ranks = [list(itertools.islice(TrainSampler(7, 2, 3, rank, 2, accum_iter=2), 6)) for rank in range(3)]
+    merged = [[key for a in (0, 1) for rank in ranks for key in rank[2 * t + a]] for t in range(3)]
+    assert merged == whole
+    assert TrainSampler(24, 2, 3, 0, 2, accum_iter=2).iterations_per_epoch == 2
+
+
+@pytest.mark.parametrize('changed', [{'length': 0}, {'stages': 0}, {'stages': []}, {'accum_iter': 0}, {'rank': 2}, {'enlarge_ratio': 0}])
 def test_senseless_numbers(changed):
     with pytest.raises(ValueError, match='length'):
-        TrainSampler(**{'length': 5, 'batch_size': 2, 'world_size': 2, 'rank': 0, 'seed': 0, **changed})
+        TrainSampler(**{'length': 5, 'stages': 2, 'world_size': 2, 'rank': 0, 'seed': 0, **changed})

@@ -1,0 +1,109 @@
+"""What stands between gradients and weights: accumulation, clipping, and the refusal of numbers that are not finite.
+
+Every optimiser of every model passes through here, BasicSR's models included, so that their code stays as it is.
+"""
+
+import types
+from collections import namedtuple
+
+import torch
+
+Step = namedtuple('Step', 'iteration micro ok terms')
+
+
+class Stepping:
+    """Gates the optimisers of one model.
+
+    Args:
+        accum_iter: micro-batches whose gradients are averaged into one step.
+        grad_clip: largest 2-norm of an optimiser's gradient, or None.
+
+    Attributes:
+        micro: which micro-batch is next, 0 to accum_iter - 1; the training loop sets it.
+        ok: whether this iteration's gradients were finite: a bool on the CPU, a 0-d tensor on devices, where nobody
+            waits for it.
+        log: the `Step` of every micro-batch since `take`.
+    """
+
+    def __init__(self, accum_iter=1, grad_clip=None):
+        self.accum_iter, self.grad_clip = accum_iter, grad_clip
+        self.iteration, self.micro, self.ok, self.log = 0, accum_iter - 1, True, []
+        self._sums = None
+
+    def begin(self, iteration, micro=0):
+        """Announce a micro-batch; without it, every one is an iteration of its own."""
+        self.iteration, self.micro, self.ok = iteration, micro, True
+
+    @property
+    def due(self):
+        """Whether this micro-batch ends an iteration: only then weights, EMA and history move."""
+        return self.micro == self.accum_iter - 1
+
+    def attach(self, optimizer):
+        """Put the gate before an optimiser's step."""
+        step, zero_grad = optimizer.step, optimizer.zero_grad
+
+        def gated_step(optimizer, closure=None):
+            if self.due:
+                self._step(optimizer, step)
+
+        def gated_zero_grad(optimizer, set_to_none=True):
+            if self.micro == 0 or self.accum_iter == 1:
+                zero_grad(set_to_none)
+
+        # Bound methods, because torch's schedulers wrap `step.__func__`.
+        optimizer.step = types.MethodType(gated_step, optimizer)
+        optimizer.zero_grad = types.MethodType(gated_zero_grad, optimizer)
+        return optimizer
+
+    @torch.no_grad()
+    def _step(self, optimizer, step):
+        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        if not gradients:
+            return step()
+        if self.accum_iter > 1:
+            torch._foreach_div_(gradients, self.accum_iter)
+        if self.grad_clip is not None:
+            largest = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        else:
+            largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)]).max()
+        finite = torch.isfinite(largest)
+        if finite.device.type == 'cpu' or not optimizer.defaults.get('fused'):
+            # Optimisers that cannot be told on the device to stand still wait for the answer.
+            finite = bool(finite)
+            if finite:
+                step()
+        else:
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            step()
+            del optimizer.grad_scale, optimizer.found_inf
+        self.ok = finite if self.ok is True else self.ok & finite
+
+    def record(self, terms):
+        """Note the losses of a micro-batch (0-d tensors, already averaged over processes).
+
+        Returns:
+            dict: their means over the iteration so far, still on the device.
+        """
+        self.log.append(Step(self.iteration, self.micro, self.ok, terms))
+        if self.micro == 0 or self._sums is None or self.accum_iter == 1:
+            self._sums = dict(terms)
+        else:
+            self._sums = {name: self._sums.get(name, 0) + value for name, value in terms.items()}
+        count = min(self.micro, self.accum_iter - 1) + 1
+        return {name: value / count if count > 1 else value for name, value in self._sums.items()}
+
+    def take(self):
+        """The micro-batches since the last call whose loss or gradient was not finite; waits for the device.
+
+        Returns:
+            (list of Step with plain numbers, int: how many iterations were looked at)
+        """
+        log, self.log = self.log, []
+        plain = [
+            Step(step.iteration, step.micro, bool(step.ok), {name: float(v) for name, v in step.terms.items()})
+            for step in log
+        ]
+        finite = (torch.isfinite(torch.tensor(list(step.terms.values()))).all() for step in plain)
+        return [step for step, good in zip(plain, finite) if not (step.ok and good)], plain

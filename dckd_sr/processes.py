@@ -1,0 +1,143 @@
+"""Several processes, by torch.distributed: joining them, agreeing between them, and the signals that end them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from datetime import timedelta
+
+import torch
+
+from dckd_sr.errors import UserError
+
+_NEEDED = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+_SLURM = (('RANK', 'SLURM_PROCID'), ('WORLD_SIZE', 'SLURM_NTASKS'), ('LOCAL_RANK', 'SLURM_LOCALID'))
+_host_group = None
+
+
+def start(opt, launcher):
+    """Join the process group of torchrun or SLURM (nccl where there is a GPU, gloo elsewhere); sets rank and size.
+
+    Raises:
+        UserError: the launcher's variables are missing, or the others cannot be reached.
+    """
+    global _host_group
+    if launcher == 'none':
+        return
+    if launcher == 'slurm':
+        _read_slurm(opt)
+    missing = [name for name in _NEEDED if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f'--launcher {launcher}: {", ".join(missing)} not set; '
+            'start with torchrun --nproc_per_node=N dckd_sr/train.py -opt ... --launcher pytorch'
+        )
+    use_cuda = torch.cuda.is_available() and opt['num_gpu'] != 0
+    if use_cuda:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+    address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    try:
+        torch.distributed.init_process_group('nccl' if use_cuda else 'gloo', timeout=timedelta(minutes=10))
+        _host_group = torch.distributed.new_group(backend='gloo') if use_cuda else None
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [''])[0]
+        raise UserError(
+            f'--launcher {launcher}: cannot join the other processes at {address}: {reason}; is the port in use? '
+            'torchrun --master_port and dist_params.port set another'
+        ) from error
+    opt['rank'], opt['world_size'] = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _read_slurm(opt):
+    """SLURM's variables under torch's names; the first host of the job step is the address."""
+    for ours, theirs in _SLURM:
+        if os.environ.get(theirs):
+            os.environ.setdefault(ours, os.environ[theirs])
+    os.environ.setdefault('MASTER_PORT', str((opt.get('dist_params') or {}).get('port', 29500)))
+    hosts = os.environ.get('SLURM_STEP_NODELIST')
+    if hosts and 'MASTER_ADDR' not in os.environ and shutil.which('scontrol'):
+        names = subprocess.run(['scontrol', 'show', 'hostnames', hosts], capture_output=True, text=True).stdout.split()
+        os.environ.update({'MASTER_ADDR': names[0]} if names else {})
+
+
+def stop():
+    """Leave the process group, if there is one."""
+    global _host_group
+    _host_group = None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def largest(value, opt):
+    """The largest of all ranks' integers, without a look at the GPU."""
+    if opt['world_size'] == 1:
+        return value
+    number = torch.tensor(value)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=_host_group)
+    return int(number)
+
+
+def share(value, opt):
+    """Rank 0's value (anything that pickles) on all ranks."""
+    if opt['world_size'] == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0, group=_host_group)
+    return values[0]
+
+
+class Stopped(BaseException):
+    """A signal came while nothing was being trained."""
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1 (SLURM's warning before it takes the machine) end the run after the present step.
+
+    Attributes:
+        received: the number of the first signal, 0 if there was none.
+        interruptible: the training loop sets it where it may be left at any point; `Stopped` is raised there.
+    """
+
+    def __init__(self):
+        self.received, self.interruptible = 0, False
+        names = ('SIGINT', 'SIGTERM', 'SIGUSR1')
+        self._handled = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._former = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in self._handled}
+        return self
+
+    def __exit__(self, *exc):
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _handle(self, number, frame):
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one leaves at once
+        if self.interruptible:
+            self.interruptible = False
+            raise Stopped
+
+    @property
+    def exit_code(self):
+        """130 after SIGINT, 143 after SIGTERM, 0 after SIGUSR1, which is no failure of the run."""
+        return {signal.SIGINT: 130, signal.SIGTERM: 143}.get(self.received, 0)
+
+
+def ignore_signals():
+    """In a loader worker: signals to the whole group are the main process's to answer.
+
+    It ends its workers by another way, and by SIGTERM if they do not go: the second SIGTERM is obeyed.
+    """
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    def once(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)
