@@ -46,7 +46,7 @@ def start(log_file=None, bar=False):
     if log_file is None:
         file = logging.handlers.MemoryHandler(10000, logging.CRITICAL + 1)  # kept until there is a file
     elif rank == 0:
-        file = logging.FileHandler(log_file, 'w', encoding='utf-8')
+        file = logging.FileHandler(log_file, 'a', encoding='utf-8')  # of the same second: resumed at once
     else:
         file = logging.NullHandler()
     for handler in (stream, file):

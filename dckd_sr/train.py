@@ -65,7 +65,7 @@ def train(opt, args, notes=()):
         exit code, see `main`.
     """
     processes.start(opt, args.launcher)
-    set_random_seed(opt['manual_seed'] + opt['rank'])
+    set_random_seed(opt['manual_seed'])  # networks start equal on all ranks
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
     bar = sys.stderr.isatty() and opt['rank'] == 0
@@ -83,6 +83,8 @@ def train(opt, args, notes=()):
         for name in checkpoint.trained_networks(opt):
             opt['path'][f'pretrain_network_{name}'] = None  # the state's weights replace it
     model = build(opt)
+    if opt['rank'] > 0:
+        set_random_seed(opt['manual_seed'] + opt['rank'])  # their stochastic layers do not
     if state:
         checkpoint.resume(model, opt, state, state_path)
     else:
@@ -313,8 +315,9 @@ def _first_look(model, val_loaders, opt):
         (m for m in (opt['val'].get('metrics') or {}).values() if m['type'] == 'calculate_psnr'),
         {'type': 'calculate_psnr', 'crop_border': scale, 'test_y_channel': True},
     )
+    same_channels = batch['lq'].shape[1] == batch['gt'].shape[1]  # dual-pixel input has two images
     nets = {
-        'bicubic' if scale > 1 else 'input': bicubic(scale),
+        'bicubic' if scale > 1 else 'input': bicubic(scale) if same_channels else None,
         'teacher': model.net_t,
         'student': model.get_bare_model(model.net_g),
     }
@@ -328,7 +331,7 @@ def _first_look(model, val_loaders, opt):
     logs.logging.getLogger('basicsr').info(
         f'First look, PSNR of {image}: ' + ', '.join(f'{name} {value:.2f} dB' for name, value in psnr.items())
     )
-    floor = psnr.get('bicubic', psnr.get('input'))
+    floor = psnr.get('bicubic', psnr.get('input', -math.inf))
     if psnr.get('teacher', math.inf) < floor and opt['train'].get('check_teacher', True):
         return (
             f'network_t: the teacher reaches {psnr["teacher"]:.2f} dB on {image}, below {floor:.2f} dB without any '

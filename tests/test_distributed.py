@@ -1,0 +1,130 @@
+"""Two gloo processes on one machine against one process: the same numbers, and nobody waits for ever."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import dckd_run, write
+
+from dckd_sr import train
+
+CRASH = """
+import os
+from dckd_sr.models.dckd_model import DCKDModel
+
+step = DCKDModel.optimize_parameters
+
+
+def fail(self, current_iter):
+    if current_iter == 2 and os.environ['RANK'] == '1':
+        raise RuntimeError('this rank is broken')
+    step(self, current_iter)
+
+
+DCKDModel.optimize_parameters = fail
+"""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def opt(tmp_path):
+    result = dckd_run(tmp_path)
+    result['datasets']['train']['batch_size_per_gpu'] = 2
+    result['train'].update(total_iter=5, lcr_opt={'type': 'L1Loss'}, noisy={'prob': 0.5}, gaussian_blur_prob=0.5)
+    result['logger'].update(save_checkpoint_freq=5)
+    result['val']['val_freq'] = 5
+    return result
+
+
+def start(opt, *flags, processes=2, **environment):
+    """The launcher's command, in its own group; everything goes to output.txt."""
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0']
+    command += ['--standalone', str(ROOT / 'dckd_sr' / 'train.py'), '-opt', write(opt), '--launcher', 'pytorch', *flags]
+    with open('output.txt', 'ab') as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}/tests', **environment},
+            start_new_session=True,
+        )
+
+
+def output():
+    return Path('output.txt').read_text(errors='replace')
+
+
+def content(run):
+    nets = torch.load(f'experiments/{run}/models/net_g_5.pth', weights_only=True)
+    state = torch.load(f'experiments/{run}/training_states/5.state', weights_only=True)
+    return nets, state
+
+
+def losses(run):
+    text = next(Path(f'experiments/{run}').glob('train_*.log')).read_text()
+    rows = re.findall(r'iter: +\d+,.*\] (l_.*)', text)
+    return torch.tensor([[float(value) for value in re.findall(r': (\S+)', row)] for row in rows]), text
+
+
+def test_two_processes_equal_one_with_twice_the_batch(opt):
+    assert start(opt).wait(timeout=120) == 0, output()
+    opt['name'], opt['datasets']['train']['batch_size_per_gpu'] = 'single', 4
+    assert train.main(['-opt', write(opt)]) == 0
+    (two, two_state), (one, one_state) = content('run'), content('single')
+    for key in ('params', 'params_ema'):
+        for name, value in one[key].items():
+            assert torch.allclose(two[key][name], value, rtol=1e-4, atol=1e-6), (key, name)
+    history = two_state['dckd_sr']['extra']['net_his'], one_state['dckd_sr']['extra']['net_his']
+    assert all(torch.allclose(history[0][name], value, rtol=1e-4, atol=1e-6) for name, value in history[1].items())
+    (rows, log), (expected, single_log) = losses('run'), losses('single')
+    assert rows.shape == (5, 5) and torch.allclose(rows, expected, rtol=2e-4)
+    # Every validation image is counted once.
+    psnr = [re.search(r'# psnr: (\S+)', text).group(1) for text in (log, single_log)]
+    assert float(psnr[0]) == pytest.approx(float(psnr[1]), abs=1e-3)
+    assert len(list(Path('experiments/run').glob('train_*.log'))) == 1 and '2 x 2 processes' in log
+    assert len(two_state['dckd_sr']['generators']) == 2
+
+
+def test_a_rank_that_dies_ends_all_with_its_error(opt):
+    opt['train']['total_iter'] = 10000
+    Path('crash.py').write_text(CRASH)
+    opt['imports'] = ['crash']
+    began = time.monotonic()
+    assert start(opt, PYTHONPATH='.').wait(timeout=90) != 0
+    assert time.monotonic() - began < 60 and 'this rank is broken' in output()
+
+
+def test_a_mistake_is_told_once_per_process_without_traceback_of_ours(opt):
+    opt['train']['check_teacher'] = True
+    opt['val']['metrics']['psnr'].update(crop_border=0)
+    torch.save({'params': {'x': torch.zeros(1)}}, 'teacher.pth')
+    assert start(opt).wait(timeout=90) != 0
+    assert 'does not fit this EDSR' in output()
+
+
+def test_sigterm_to_the_group_saves_one_checkpoint_and_resumes(opt):
+    opt['train']['total_iter'], opt['logger']['save_checkpoint_freq'] = 100000, 100000
+    opt['val']['val_freq'] = 100000
+    process = start(opt)
+    deadline = time.monotonic() + 90
+    while 'iter:       3' not in output() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    states = list(Path('experiments/run/training_states').glob('*.state'))
+    assert len(states) == 1, output()
+    iteration = int(states[0].stem)
+    opt['train']['total_iter'] = iteration + 2
+    assert start(opt, '--auto_resume').wait(timeout=120) == 0, output()
+    assert f'iteration {iteration}.' in output() and 'not exactly' not in output()
+    # One process goes on, too, and says that it is not the same run.
+    opt['train']['total_iter'] = iteration + 3
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+    log = '\n'.join(file.read_text() for file in Path('experiments/run').glob('train_*.log'))
+    assert 'is of 2 process(es), this run has 1: it continues, but not exactly' in log
