@@ -5,11 +5,19 @@ from basicsr.archs import build_network
 
 import dckd_sr  # noqa: F401
 from dckd_sr.errors import UserError
-from dckd_sr.inference import infer
+from dckd_sr.inference import infer, padding_of
 
 
 def image(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+SMALL = {
+    'Restormer': {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'heads': [1, 2, 2, 4]},
+    'NAFNet': {'width': 4, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},
+    'NAFNetLocal': {'width': 4, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1], 'train_size': [1, 3, 32, 32]},
+    'SwinIR': {'img_size': 8, 'window_size': 4, 'depths': [2], 'embed_dim': 8, 'num_heads': [2], 'upscale': 1},
+}
 
 
 class Record(torch.nn.Module):
@@ -65,28 +73,43 @@ def test_swinir_equals_basicsrs_own_padding(size):
         assert torch.allclose(infer(net, x, 2, window_size=8), reference, atol=1e-6)
 
 
-def test_tiles_of_a_real_network_equal_the_whole_image_away_from_their_borders():
-    """A convolution sees two pixels here; what it lacks at a tile's border lies where the weight is small."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3, padding=1))
-    x = image(1, 3, 50, 61)
-    with torch.no_grad():
-        whole, tiled = net(x), infer(net, x, 1, tile_size=24, tile_overlap=12)
-        hard = infer(net, x, 1, tile_size=24, tile_overlap=0)
-    assert (tiled - whole).abs().mean() < 0.25 * (hard - whole).abs().mean()
-    assert (tiled - whole).abs().max() < 0.35 * (hard - whole).abs().max()
+@torch.no_grad()
+def reach(net, scale, size=64):
+    """How far from an output pixel, in LQ pixels, a change of the input still changes it."""
+    x = image(1, 3, size, size).double()
+    changed = x.clone()
+    changed[..., : size // 2, :] += 0.5
+    rows = (net(changed) - net(x)).abs().amax((0, 1, 3)).nonzero().max().item()
+    return rows // scale - size // 2 + 1
+
+
+@torch.no_grad()
+def test_tiles_are_exact_up_to_an_overlap_of_four_times_the_reach():
+    """EDSR of n blocks at x4 reaches 2n + 4 pixels, as `infer` says."""
+    net = build_network({'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 4})
+    net = net.double().eval()
+    net.mean = net.mean.double()
+    for parameter in net.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    assert reach(net, 4) == 10
+    x = image(1, 3, 75, 113).double()
+    whole = net(x)
+    spread = whole.max() - whole.min()
+    exact = infer(net, x, 4, tile_size=60, tile_overlap=40)
+    assert (exact - whole).abs().max() < 1e-6 * spread  # weights are float32
+    short = infer(net, x, 4, tile_size=60, tile_overlap=20)
+    hard = infer(net, x, 4, tile_size=60, tile_overlap=0)
+    assert 1e-6 * spread < (short - whole).abs().max() < 0.1 * (hard - whole).abs().max()
 
 
 def test_tiles_blend_linearly_without_a_seam():
-    """A ramp's tile means are steps; blended over the overlap they rise by equal small steps."""
+    """A ramp's tile means are steps; blended over the middle half of the overlap they rise by equal small steps."""
     x = torch.linspace(0, 1, 40).expand(1, 1, 8, 40)
     out = infer(Mean(), x, 1, tile_size=16, tile_overlap=8)[0, 0]
     assert torch.allclose(out, out[:1])
-    steps = out[0].diff()
-    assert steps.min() > -1e-6 and steps.max() < 0.35 * (x[0, 0, 0, 16:32].mean() - x[0, 0, 0, :16].mean())
-    # In the first overlap (pixels 8..15) the second tile's weight rises from 1/16 by 1/8 to 15/16.
+    # In the first overlap (pixels 8..15) the second tile's weight is 0 up to 9, 1 from 14, and rises by 1/4 in between.
     first, second = x[0, 0, 0, :16].mean(), x[0, 0, 0, 8:24].mean()
-    weight = (torch.arange(8) + 0.5) / 8
+    weight = torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1])
     assert torch.allclose(out[0, 8:16], first + (second - first) * weight, atol=1e-6)
 
 
@@ -106,6 +129,95 @@ def test_window_partition_agrees_with_the_whole_images():
     x = image(1, 3, 45, 70)
     whole, tiled = infer(windows, x, 1, 8), infer(windows, x, 1, 8, tile_size=20, tile_overlap=5)
     assert torch.allclose(whole, tiled, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['Restormer', 'NAFNet', 'NAFNetLocal', 'SwinIR'])
+@torch.no_grad()
+def test_tiles_lie_on_the_networks_grid(kind):
+    """Every tile starts where the whole image's halvings or windows do; only the last may end before a multiple."""
+    net = build_network({'type': kind, **SMALL[kind]}).eval()
+    grid, seen = {'Restormer': 8, 'SwinIR': 4}.get(kind, 4), []
+    place = torch.arange(53 * 61.0).view(1, 1, 53, 61).expand(1, 3, -1, -1) / 1e4
+    net.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    out = infer(net, place, 1, tile_size=21, tile_overlap=5)
+    assert out.shape == place.shape and out.isfinite().all() and len(seen) > 9
+    for tile in seen:
+        y, x = divmod(round(tile[0, 0, 0, 0].item() * 1e4), 61)
+        assert y % grid == 0 and x % grid == 0
+        if kind in ('Restormer', 'SwinIR'):
+            assert tile.shape[2] % grid == 0 and tile.shape[3] % grid == 0
+        else:  # pads by itself, at the border of the image only
+            assert all(side == 24 or start + side == end for start, side, end in zip((y, x), tile.shape[2:], (53, 61)))
+
+
+@pytest.mark.parametrize('kind', ['Restormer', 'NAFNet', 'NAFNetLocal'])
+@torch.no_grad()
+def test_no_seam_where_statistics_are_those_of_tiles(kind):
+    """From any row or column to the next, what tiles change is less than half of what the image itself does there,
+    and of the step at a border without an overlap. With random weights, which weigh statistics more than trained ones.
+    """
+    net = build_network({'type': kind, **SMALL[kind]}).eval()
+    for parameter in net.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    x = F.interpolate(image(1, 3, 13, 15), (101, 117), mode='bicubic').clamp(0, 1)
+    whole = net(x)
+
+    def steps(values, dim):  # (steps,), means over all else
+        return values.diff(dim=dim).abs().transpose(0, dim).flatten(1).mean(1)
+
+    smooth, hard = (infer(net, x, 1, tile_size=64, tile_overlap=overlap) - whole for overlap in (32, 0))
+    for dim in (2, 3):
+        worst = steps(smooth, dim).max()
+        assert worst < 0.5 * steps(whole, dim).median() and worst < 0.5 * steps(hard, dim).max()
+
+
+@torch.no_grad()
+def test_swinir_x4_tiled_within_a_hundredth_of_a_decibel():
+    """On an odd size. Formally its windows reach far; what they add there is small."""
+    net = build_network(
+        {'type': 'SwinIR', 'upscale': 4, 'img_size': 32, 'window_size': 8, 'depths': [4, 4], 'embed_dim': 12}
+        | {'num_heads': [2, 2], 'mlp_ratio': 2, 'upsampler': 'pixelshuffle'}
+    ).eval()
+    for parameter in net.parameters():
+        if parameter.dim() > 1:  # a trained network's attention is not the fresh one's, which is flat
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+    x = F.interpolate(image(1, 3, 17, 23), (67, 91), mode='bicubic').clamp(0, 1)
+    whole, tiled = infer(net, x, 4), infer(net, x, 4, tile_size=48, tile_overlap=16)
+    whole, tiled = ((out - whole.mean()) / whole.std() * 0.05 for out in (whole, tiled))  # the scale of a residual
+    gt = 0.05 * torch.randn_like(whole)
+    psnr = [-10 * ((out - gt) ** 2).mean().log10() for out in (whole, tiled)]
+    assert not torch.equal(whole, tiled) and abs(psnr[0] - psnr[1]) < 0.01
+
+
+def test_padding_is_known_from_the_network():
+    swinir = build_network({'type': 'SwinIR', **SMALL['SwinIR']})
+    assert padding_of(swinir) == 4 and padding_of(torch.nn.DataParallel(swinir)) == 4
+    assert padding_of(build_network({'type': 'Restormer', **SMALL['Restormer']})) == 8
+    assert padding_of(build_network({'type': 'NAFNet', **SMALL['NAFNet']})) == 1
+    assert padding_of(torch.nn.Conv2d(3, 3, 1)) == padding_of(lambda x: x) == 1
+    net = Record()
+    net.window_size = 6, 4
+    assert padding_of(net) == 12
+    infer(net, image(1, 3, 5, 7), 1)
+    infer(net, image(1, 3, 5, 7), 1, window_size=8)  # for another network of the run, which needs less
+    assert net.sizes == [(12, 12), (24, 24)]
+
+
+@pytest.mark.parametrize('tile', [None, 8])
+def test_self_ensemble_is_the_mean_over_8_orientations(tile):
+    """Rotations and their mirror images, in one loop each."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3, padding=1), torch.nn.PixelShuffle(2))
+    x = image(2, 3, 9, 14)
+    with torch.no_grad():
+        outs = []
+        for turns in range(4):
+            turned = torch.rot90(x, turns, (2, 3))
+            outs.append(torch.rot90(infer(net, turned, 2, tile_size=tile), -turns, (2, 3)))
+            outs.append(torch.rot90(infer(net, turned.flip(3), 2, tile_size=tile).flip(3), -turns, (2, 3)))
+        out = infer(net, x, 2, tile_size=tile, self_ensemble=True)
+    assert torch.allclose(out, torch.stack(outs).mean(0), atol=1e-6)
+    assert (out - outs[0]).abs().max() > 1e-3
 
 
 def test_low_precision_outputs_are_blended_in_float32():

@@ -318,7 +318,7 @@ class VQGAN(nn.Module):
         """Encoder levels and code logits from one pass, which ends as early as what is asked allows.
 
         Args:
-            x: images (B, in_channels, H, W) in [0, 1].
+            x: images (B, in_channels, H, W) in [0, 1]; gray ones, (B, 1, H, W), enter as equal channels.
             levels: whether to return the levels.
             codes: whether to return the logits; a number asks for those of the first so many images only.
             num_levels: how many levels, from the finest; None is all.
@@ -370,5 +370,7 @@ class VQGAN(nn.Module):
         return self.decode(self.quantized(padded)[1])[:, :, :height, :width]
 
     def _enter(self, x):
+        if x.shape[1] == 1:
+            x = x.expand(-1, self.encoder.conv_in.in_channels, -1, -1)
         low, high = self.input_range
         return x if (low, high) == (0, 1) else x * (high - low) + low

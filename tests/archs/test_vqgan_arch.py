@@ -189,6 +189,12 @@ class Seen:
             module.register_forward_hook(lambda _, inputs, __, name=name: self.batch.update({name: len(inputs[0])}))
 
 
+def test_gray_images_enter_as_three_equal_channels():
+    net, gray = small(), torch.rand(2, 1, 16, 16)
+    found, wanted = net(gray), net(gray.repeat(1, 3, 1, 1))
+    assert torch.equal(found.logits, wanted.logits) and all(map(torch.equal, found.levels, wanted.levels))
+
+
 def test_one_pass_that_ends_early():
     net = small()
     x = torch.rand(3, 3, 16, 16)
