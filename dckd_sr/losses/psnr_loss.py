@@ -27,7 +27,7 @@ class PSNRLoss(nn.Module):
         UserError: another reduction; toY with images that have not 3 channels.
     """
 
-    def __init__(self, loss_weight=1.0, reduction='mean', toY=False):  # noqa: N803 (NAFNet's key)
+    def __init__(self, loss_weight=1.0, reduction='mean', toY=False):
         super().__init__()
         if reduction != 'mean':
             raise UserError(f"reduction of PSNRLoss must be mean, not '{reduction}'")

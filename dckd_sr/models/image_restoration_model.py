@@ -10,15 +10,13 @@ from dckd_sr.models.kd_model import KDModel
 
 @MODEL_REGISTRY.register()
 class ImageRestorationModel(KDModel):
-    """NAFNet's model: gradients are clipped to a norm of 0.01 unless ``train.use_grad_clip`` is false.
+    """NAFNet's model: gradients are clipped to norm 0.01 but for train.use_grad_clip: false or grad_clip.
 
     Source: megvii-research/NAFNet, basicsr/models/image_restoration_model.py.
     """
 
     def __init__(self, opt):
-        train_opt = opt.get('train') or {}
-        if 'grad_clip' not in train_opt:
-            train_opt.setdefault('use_grad_clip', True)
+        opt.get('train', {}).setdefault('use_grad_clip', True)
         super().__init__(opt)
 
 

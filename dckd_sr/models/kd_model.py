@@ -11,6 +11,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 
 from dckd_sr import checkpoint
 from dckd_sr.ops.history import average_
+from dckd_sr.ops.mixup import mixup
 
 
 @MODEL_REGISTRY.register()
@@ -45,7 +46,7 @@ class KDModel(SRModel):
             if path is not None:
                 strict, key = self.opt['path'].get('strict_load_t', True), self.opt['path'].get('param_key_t')
                 checkpoint.load_network(self.net_t, path, strict, key)
-            else:
+            elif self.opt['network_t']['type'] != 'spandrel':  # that one is built with its weights
                 get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
         self.cri_pix = self.build_criterion('pixel_opt')
         self.cri_perceptual = self.build_criterion('perceptual_opt')
@@ -70,6 +71,14 @@ class KDModel(SRModel):
         self.lq = data['lq'].to(self.device, non_blocking=True)
         if 'gt' in data:
             self.gt = data['gt'].to(self.device, non_blocking=True)
+
+    def mix(self, current_iter):
+        """Restormer's mixup of this micro-batch, where ``train.mixing_augs`` asks for it."""
+        mixing = self.opt['train'].get('mixing_augs') or {}
+        if mixing.get('mixup'):
+            settings = mixing.get('mixup_beta', 1.2), mixing.get('use_identity', False)
+            seed, which = self.opt.get('manual_seed') or 0, (current_iter, self.steps.micro, self.opt['rank'])
+            self.lq, self.gt = mixup(self.lq, self.gt, *settings, seed, *which)
 
     def terms(self, current_iter):
         """The weighted losses of this iteration.
@@ -97,6 +106,7 @@ class KDModel(SRModel):
 
     def optimize_parameters(self, current_iter):
         self.optimizer_g.zero_grad()
+        self.mix(current_iter)
         terms = self.terms(current_iter)
         sum(terms.values()).backward()
         self.optimizer_g.step()

@@ -17,7 +17,7 @@ from torch import nn
 
 from dckd_sr import evaluation
 from dckd_sr.errors import UserError
-from dckd_sr.inference import infer
+from dckd_sr.inference import VAL_KEYS, infer
 from dckd_sr.ops.seeding import generator
 
 
@@ -175,8 +175,9 @@ class VQGANModel(SRModel):
 
         training = net.training
         net.eval()
-        tiles = {key: val.get(key) for key in ('tile_size', 'tile_overlap')}
-        self.output = infer(reconstruct, self.lq, 1, window_size=2 ** (net.num_levels - 1), **tiles)
+        sizes = {key: val.get(key) for key in VAL_KEYS}
+        sizes['window_size'] = 2 ** (net.num_levels - 1)
+        self.output = infer(reconstruct, self.lq, 1, **sizes)
         net.train(training)
 
     def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
