@@ -1,10 +1,15 @@
-"""Weights of other projects: ``python -m dckd_sr.zoo convert last.ckpt -o vqgan.safetensors`` makes a clean file.
+"""Weights of other projects.
 
-A clean file holds tensors alone, so that any reader opens it without running code.
+python -m dckd_sr.zoo list                 what there is
+python -m dckd_sr.zoo get NAME             download, verified
+python -m dckd_sr.zoo show NAME            where it is from, and the lines of an option file
+python -m dckd_sr.zoo convert last.ckpt    a clean file: tensors alone, which any reader opens without running code
 """
 
+from __future__ import annotations
+
 import argparse
-import hashlib
+import copy
 import os
 import sys
 from collections import Counter
@@ -13,8 +18,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dckd_sr import checkpoint, restricted_pickle
-from dckd_sr.errors import UserError
+from dckd_sr import checkpoint, restricted_pickle, safe_yaml
+from dckd_sr.download import fetch, sha256_of, unpack
+from dckd_sr.errors import UserError, nearest
+from dckd_sr.zoo_table import ENTRIES
+
+FOLDER = Path('experiments', 'pretrained_models')
 
 _ENCODER = ('encoder.', 'quant_conv.', 'quantize.')
 _DECODER = ('decoder.', 'post_quant_conv.')
@@ -29,6 +38,19 @@ def main(argv=None):
     """
     parser = argparse.ArgumentParser(prog='python -m dckd_sr.zoo', description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    sub = commands.add_parser('list', help='the public weights that are known here')
+    sub.set_defaults(run=_list)
+    sub = commands.add_parser(
+        'get',
+        help='download weights, verified; an interrupted download continues',
+        description='Downloads to experiments/pretrained_models, where option files look for it.',
+    )
+    sub.add_argument('name', help='a name of the list')
+    sub.add_argument('-o', '--output', metavar='FOLDER', help=f'default: {FOLDER.as_posix()}/FAMILY')
+    sub.set_defaults(run=_get)
+    sub = commands.add_parser('show', help='where weights are from, and what an option file needs to use them')
+    sub.add_argument('name', help='a name of the list')
+    sub.set_defaults(run=_show)
     sub = commands.add_parser(
         'convert',
         help='make a clean weights file of any checkpoint',
@@ -54,12 +76,151 @@ def main(argv=None):
     return 0
 
 
+def find(name):
+    """The entry of a name.
+
+    Raises:
+        UserError: no such entry, with the nearest name.
+    """
+    if name not in ENTRIES:
+        raise UserError(f'the zoo has no {name}{nearest(name, ENTRIES)}; all names: python -m dckd_sr.zoo list')
+    return ENTRIES[name]
+
+
+def path_of(entry, folder=None):
+    """Where an entry's file is expected, relative to the current folder."""
+    return (Path(folder) if folder else FOLDER / entry.family) / entry.file
+
+
+def command_for(path):
+    """The command that gets the file of a path, or None where the zoo has no file of this name."""
+    name = Path(path).name
+    return next((f'python -m dckd_sr.zoo get {e.name}' for e in ENTRIES.values() if e.file == name), None)
+
+
+def resolve_zoo(block, path_block, letter='t'):
+    """The plain network block and paths that ``{type: zoo, name: NAME}`` stands for.
+
+    Args:
+        block: the network block; besides type and name it may have allow_random, which stays.
+        path_block: the section ``path``; a file that it names already is used instead of the default one.
+        letter: g, t or vqgan.
+
+    Returns:
+        (network block, section ``path``, entry), both new.
+
+    Raises:
+        UserError: no such entry, other keys, or a network of another kind.
+    """
+    if block.get('name') is None:
+        raise UserError('expected a name; all names: python -m dckd_sr.zoo list')
+    entry = find(block['name'])
+    extra = [key for key in block if key not in ('type', 'name', 'allow_random')]
+    if extra:
+        raise UserError(f'the zoo states all options; drop {", ".join(extra)}, or write what `zoo show` prints')
+    if (entry.letter == 'vqgan') != (letter == 'vqgan'):
+        raise UserError(f'{entry.name} is {"no" if letter == "vqgan" else "a"} VQGAN; it cannot be network_{letter}')
+    network, paths = copy.deepcopy(entry.network), dict(path_block)
+    key, file = f'pretrain_network_{letter}', path_of(entry).as_posix()
+    if entry.network['type'] == 'spandrel':
+        network['path'] = paths.pop(key, None) or file
+    elif not block.get('allow_random') or paths.get(key) is not None:
+        paths[key] = paths.get(key) or file
+        if entry.param_key and paths[key] == file:
+            paths.setdefault(f'param_key_{letter}', entry.param_key)
+    if 'allow_random' in block:
+        network['allow_random'] = block['allow_random']
+    return network, paths, entry
+
+
+def _list(_):
+    width = max(map(len, ENTRIES))
+    print(f'{"name":<{width}}  scale  hash        file')
+    for entry in ENTRIES.values():
+        print(f'{entry.name:<{width}}  x{entry.scale:<4}  {_hash(entry):<10}  {_state(entry)}')
+    print('hash: unverified means that no public page states one; `show` names the pages.')
+
+
+def _hash(entry):
+    return 'unverified' if entry.sha256 is None else 'sha256' if len(entry.sha256) == 64 else 'sha256[:8]'
+
+
+def _state(entry):
+    path = path_of(entry)
+    return path.as_posix() if path.is_file() else '-'
+
+
+def _show(args):
+    entry = find(args.name)
+    print(f'name      {entry.name}')
+    print(f'page      {entry.page}')
+    print(f'url       {entry.url}' + (f' ({entry.member})' if entry.member else ''))
+    if entry.sha256:
+        print(f'sha256    {entry.sha256} (from {entry.hash_page})')
+    else:
+        print('sha256    unverified: no public page states it')
+    print(f'license   {entry.license}')
+    if entry.note:
+        print(f'note      {entry.note}')
+    path = path_of(entry)
+    print(
+        f'file      {path.as_posix()}'
+        + ('' if path.is_file() else f' (missing: python -m dckd_sr.zoo get {entry.name})')
+    )
+    scale = '' if entry.letter == 'vqgan' else f', with scale: {entry.scale}'
+    print(f'\nIn an option file{scale}:\n\n{_snippet(entry)}\nor, shorter:\n')
+    print(f'network_{entry.letter}: {{type: zoo, name: {entry.name}}}')
+
+
+def _snippet(entry):
+    network, paths, _ = resolve_zoo({'name': entry.name}, {}, entry.letter)
+    lines = safe_yaml.dump({f'network_{entry.letter}': network})
+    return lines + ''.join(['path:\n'] * bool(paths) + [f'  {key}: {value}\n' for key, value in paths.items()])
+
+
+def _get(args):
+    entry = find(args.name)
+    target = get(entry, args.output)
+    print(f'file      {target}')
+    print(f'license   {entry.license}; {entry.page}')
+    if entry.note:
+        print(f'note      {entry.note}')
+    if entry.sha256:
+        print(f'sha256    verified against {entry.hash_page}')
+    else:
+        print(f'sha256    unverified, no public page states it; this file has {sha256_of(target)}')
+
+
+def get(entry, folder=None, progress=True):
+    """Download an entry's file, where it is not there yet.
+
+    Returns:
+        Path: the file.
+
+    Raises:
+        UserError: as `download.fetch` and `download.unpack`; it names the page where a browser finds the file.
+    """
+    target = path_of(entry, folder)
+    try:
+        if entry.member is None:
+            return fetch(entry.url, target, entry.sha256, progress=progress)
+        if not target.is_file():
+            archive = target.with_name(entry.url.rpartition('/')[2].partition('?')[0])
+            fetch(entry.url, archive, entry.sha256, progress=progress)
+            [found] = unpack(archive, target.parent, [entry.member], progress=False)
+            os.replace(found, target)
+            found.parent.rmdir()
+        return target
+    except UserError as error:
+        raise UserError(f'{error}. By hand: {entry.page}') from error
+
+
 def _convert(args):
     source = Path(args.file)
     target = Path(args.output) if args.output else source.with_name(f'{source.stem}_clean.pth')
     weights, kept, dropped = convert(source, target, args.key, args.prefix, args.no_decoder, args.force)
     print(f'source    {source}')
-    print(f'sha256    {sha256(source)}')
+    print(f'sha256    {sha256_of(source)}')
     print(f'weights   {weights}')
     for title, keys in (('kept', kept), ('dropped', dropped)):
         groups = Counter(key.split('.')[0] for key in keys)
@@ -130,15 +291,6 @@ def _write_safetensors(weights, target):
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f'cannot save {target}: {error}') from error
-
-
-def sha256(path):
-    """Hash of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == '__main__':
