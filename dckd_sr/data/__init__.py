@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from dckd_sr.data import repairs
 from dckd_sr.data.sampler import Stage, TrainSampler
 from dckd_sr.data.seeded import SeededDataset
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 from dckd_sr.ops.seeding import seed_of
-from dckd_sr.processes import ignore_signals
+from dckd_sr.processes import init_worker
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name.endswith('_dataset'):
@@ -153,7 +153,7 @@ def _build(name, options):
         text = str(error.args[0]) if error.args else ''
         raise UserError(f'datasets.{name}: {text if " " in text else f"the key {text!r} is missing"}') from error
     except Exception as error:
-        raise UserError(f'datasets.{name}: cannot build {options.get("type")}: {error}') from error
+        raise UserError(f'datasets.{name}: cannot build {options.get("type")}: {reason(error)}') from error
 
 
 def _stages(options, batch_size):
@@ -186,4 +186,4 @@ def _own_generator(seed):
 
 def _init_worker(worker_id: int):
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads may also hang after a fork
-    ignore_signals()
+    init_worker()

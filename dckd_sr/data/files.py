@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from dckd_sr.errors import UserError
 
@@ -25,11 +27,11 @@ def image_names(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f'folder not found: {folder}')
     with os.scandir(folder) as entries:
-        names = sorted(
-            e.name
-            for e in entries
-            if not e.name.startswith('.') and e.name.lower().endswith(IMAGE_SUFFIXES) and e.is_file()
-        )
+        entries = [e for e in entries if not e.name.startswith('.') and e.name.lower().endswith(IMAGE_SUFFIXES)]
+    dangling = sorted(e.path for e in entries if e.is_symlink() and not os.path.exists(e.path))
+    if dangling:
+        raise UserError(f'links that lead nowhere: {", ".join(dangling[:3])}')
+    names = sorted(e.name for e in entries if e.is_file())
     if not names:
         raise UserError(f'no images in {folder} (looked for {", ".join(IMAGE_SUFFIXES)})')
     return names
@@ -93,7 +95,12 @@ def read_lmdb(folder: str, key: str) -> bytes:
         try:
             environment = lmdb.open(path, readonly=True, lock=False, readahead=False, create=False)
         except lmdb.Error as error:
-            raise UserError(f'cannot open {folder}: {error}') from error
+            raise UserError(f'cannot open {folder}: {str(error).replace(path, "").lstrip(": ")}') from error
+        # LMDB maps the file into memory: beyond the end of a truncated one, the process is killed.
+        found = os.path.getsize(os.path.join(path, 'data.mdb'))
+        needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+        if found < needed:
+            raise UserError(f'{folder} is truncated: data.mdb has {found} bytes of {needed}')
         _environments[path] = process, environment
     with environment.begin() as transaction:
         value = transaction.get(key.encode('utf-8'))
@@ -184,6 +191,21 @@ def decode(content: bytes, name: str) -> np.ndarray:
     Raises:
         UserError: not an image, damaged, or of another value type; the message has ``name``.
     """
+    image = decode_stored(content, name)
+    if image.shape[2] in (2, 4):
+        _warn_alpha()
+        image = image[..., :-1]
+    if image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)
+    return np.ascontiguousarray(image)
+
+
+def decode_stored(content: bytes, name: str) -> np.ndarray:
+    """Decode an image file's bytes to (h, w, c) with the channels it has: gray, BGR or BGRA; uint8 or uint16.
+
+    Raises:
+        UserError: as `decode`.
+    """
     # UNCHANGED keeps 16 bits and tells of alpha, but it ignores the camera's orientation that JPEG files carry.
     is_jpeg = content[:2] == b'\xff\xd8'
     if is_truncated(content):
@@ -197,20 +219,40 @@ def decode(content: bytes, name: str) -> np.ndarray:
         raise UserError(f'not an image, or damaged: {name}')
     if image.dtype not in (np.uint8, np.uint16):
         raise UserError(f'{name} has {image.dtype} values; 8 or 16 bit images are needed')
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.shape[2] in (2, 4):
-        _warn_alpha()
-        image = image[..., :-1]
-    if image.shape[2] == 1:
-        image = np.repeat(image, 3, axis=2)
-    return np.ascontiguousarray(image)
+    return image if image.ndim == 3 else image[..., None]
 
 
 def is_truncated(content: bytes) -> bool:
     """Whether a JPEG or PNG file lacks its end; OpenCV decodes such files, with gray where data are missing."""
     ends = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
-    return content[:2] in ends and content.rfind(ends[content[:2]]) < 0
+    if content[:2] not in ends:
+        return False
+    # A camera's thumbnail, which lies in the header, has an end of its own.
+    start = _jpeg_scan(content) if content[:2] == b'\xff\xd8' else 0
+    return content.find(ends[content[:2]], start) < 0
+
+
+def _jpeg_scan(content):
+    """Where the picture's data begin: headers are 0xff, a marker and a length; 0 if they cannot be followed."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        if content[at + 1] == 0xDA:
+            return at
+        at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], 'big')
+    return 0
+
+
+def is_cmyk(content: bytes) -> bool:
+    """Whether a JPEG or TIFF file holds print colours; without their profile they decode to approximate ones."""
+    if content[:2] not in (b'\xff\xd8', b'II', b'MM'):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(io.BytesIO(content)) as image:
+                return image.mode == 'CMYK'
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dckd_sr.data.files import check_image_file
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 from dckd_sr.ops.seeding import seed_of
 
 
@@ -83,7 +83,7 @@ class SeededDataset(Dataset):
             if problem:
                 return f'dataset {name}: {problem}'
         where = ', '.join(paths) if paths else f'sample {index}'
-        return f'dataset {name}: cannot load {where}: {type(error).__name__}: {error}'
+        return f'dataset {name}: cannot load {where}: {reason(error)}'
 
 
 def _paths_of(dataset, index):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -220,3 +221,30 @@ def test_a_missing_key_is_named(opt):
     del opt['datasets']['train']['dataroot_lq']
     with pytest.raises(UserError, match="datasets.train: the key 'dataroot_lq' is missing"):
         build_train_loader(opt, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='signals of POSIX')
+def test_workers_leave_group_signals_to_the_main_process_and_end_with_it(opt):
+    """The main process is killed as by the kernel: no worker may stay behind."""
+    opt['datasets']['train']['num_worker_per_gpu'] = 2
+    loader, _ = build_train_loader(opt, seed=3)
+    reader, writer = os.pipe()
+    main = os.fork()
+    if main == 0:
+        batches = iter(loader)
+        next(batches)
+        workers = [process.pid for process in multiprocessing.active_children()]
+        for worker in workers:
+            for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(worker, number)
+        time.sleep(0.3)
+        next(batches)
+        os.write(writer, ' '.join(map(str, workers)).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(main, 0)
+    workers = [int(pid) for pid in os.read(reader, 100).split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f'/proc/{pid}/stat') for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f'/proc/{pid}/stat') for pid in workers)

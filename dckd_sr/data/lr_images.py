@@ -1,0 +1,190 @@
+"""LR images of HR images, and crops of both: ``prepare sr`` and ``prepare subimages``."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from dckd_sr.data import jobs
+from dckd_sr.data.files import read_bytes
+from dckd_sr.data.preparing import (
+    Outcome,
+    belongs,
+    decoded,
+    read_image,
+    ready_text,
+    refuse_inside,
+    run_jobs,
+    size_text,
+    some,
+    stems_of,
+    unfit_text,
+)
+from dckd_sr.errors import UserError
+from dckd_sr.ops.resize import imresize, modcrop
+
+
+@dataclass
+class SRJob:
+    """One HR image: where it is, what to cut it to (1: nothing), and the files to write."""
+
+    key: str
+    path: str
+    hr_out: str | None
+    crop: int
+    lr_out: dict
+    convention: str
+    copy: bool
+
+
+def make_sr(args):
+    """``sr``: LR images, and the HR images beside them."""
+    stems, out, scales = stems_of(args.hr), args.out, sorted(set(args.scales))
+    crop = 1
+    if args.layout == 'basicsr':
+        crop = math.lcm(12, *scales)
+        hr_folder, lr_folders, template = f'GTmod{crop}', {s: f'LRbicx{s}' for s in scales}, '{}'
+    else:
+        hr_folder, lr_folders, template = 'HR', {s: os.path.join('LR_bicubic', f'X{s}') for s in scales}, '{}x{}'
+    hr_folder = os.path.join(out, hr_folder)
+    in_place = crop == 1 and os.path.realpath(hr_folder) == os.path.realpath(args.hr)
+    lr_folders = {s: os.path.join(out, folder) for s, folder in lr_folders.items()}
+    refuse_inside([*lr_folders.values(), *([] if in_place else [out, hr_folder])], [args.hr])
+
+    todo, stamps, record = [], {}, jobs.Record(out)
+    for stem, name in stems.items():
+        path = os.path.join(args.hr, name)
+        lr_out = {s: os.path.join(folder, template.format(stem, s) + '.png') for s, folder in lr_folders.items()}
+        hr_out = None if in_place else os.path.join(hr_folder, stem + '.png')
+        todo.append(SRJob(f'{path} {args.layout} {scales}', path, hr_out, crop, lr_out, args.convention, args.copy))
+        stamps[todo[-1].key] = jobs.stamp(path, args.convention)
+    result, ready = run_jobs(_sr, todo, args, record, stamps)
+    result.summary = (
+        f'{out}: LR at {", ".join(f"x{s}" for s in scales)} of {len(todo) - len(result.problems)} images'
+        f'{ready_text(ready)}{unfit_text(result)}'
+    )
+    return result
+
+
+def _sr(job, ours):
+    content = read_bytes(job.path)
+    image, alpha = decoded(content, job.path)
+    least = max(job.crop, *job.lr_out)
+    if min(image.shape[:2]) < least:
+        raise UserError(f'too small: {job.path} is {size_text(image)}, at least {least} pixels are needed')
+    if job.crop > 1:
+        image = modcrop(image, job.crop)
+    files = []
+    if job.hr_out:
+        replace = os.path.normpath(job.hr_out) in ours
+        if job.crop == 1 and content[:4] == b'\x89PNG' and not alpha:
+            jobs.place(job.path, job.hr_out, job.copy, replace)
+        else:
+            jobs.write_png(image, job.hr_out, replace)
+        files.append(job.hr_out)
+    for scale, path in job.lr_out.items():
+        low = imresize(modcrop(image, scale), 1 / scale, job.convention)
+        jobs.write_png(low, path, os.path.normpath(path) in ours)
+        files.append(path)
+    return Outcome(files, alpha=alpha and os.path.basename(job.path))
+
+
+@dataclass
+class CropJob:
+    """One image with its LR files: {scale: file} and {scale: folder}, scale 1 being the image itself."""
+
+    key: str
+    path: str
+    stem: str
+    sources: dict
+    folders: dict
+    size: int
+    step: int
+    thresh: int
+
+
+def make_subimages(args):
+    """``subimages``: crops of HR images and of their LR images at the same places."""
+    scales = _lr_scales(args)
+    multiple = math.lcm(1, *scales)
+    for name, value in (('size', args.size), ('step', args.step)):
+        if value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise UserError(f'--{name} {value} is no multiple of {multiple} (scales {scales}): {near} is')
+    stems = stems_of(args.images)
+    folders, sources = {1: args.out}, {stem: {1: os.path.join(args.images, name)} for stem, name in stems.items()}
+    for scale in scales:
+        folders[scale] = os.path.join(args.lr_out or args.lr, f'X{scale}_sub')
+        low = stems_of(os.path.join(args.lr, f'X{scale}'))
+        template = args.filename_tmpl or f'{{}}x{scale}'
+        missing = [template.format(stem) for stem in stems if template.format(stem) not in low]
+        if missing:
+            raise UserError(f'{args.lr}/X{scale} lacks {len(missing)} images of {args.images}: {some(missing, 3)}')
+        for stem in stems:
+            sources[stem][scale] = os.path.join(args.lr, f'X{scale}', low[template.format(stem)])
+    refuse_inside(folders.values(), [args.images, *(os.path.join(args.lr, f'X{s}') for s in scales)])
+
+    todo, stamps, record = [], {}, jobs.Record(args.out)
+    for stem, paths in sources.items():
+        job = CropJob(f'{paths[1]} {scales}', paths[1], stem, paths, folders, args.size, args.step, args.thresh)
+        todo.append(job)
+        stamps[job.key] = [jobs.stamp(path, folders[s]) for s, path in paths.items()]
+        stamps[job.key].append([args.size, args.step, args.thresh])
+    result, ready = run_jobs(_subimages, todo, args, record, stamps)
+    count = sum(len(record.files(job.key)) for job in todo) // len(folders)
+    result.summary = (
+        f'{", ".join(folders.values())}: {count} crops each of {len(todo) - len(result.problems)} images'
+        f'{ready_text(ready)}{unfit_text(result)}'
+    )
+    return result
+
+
+def _lr_scales(args):
+    if not args.lr:
+        for name in ('scales', 'lr_out', 'filename_tmpl'):
+            if getattr(args, name):
+                raise UserError(f'--{name} needs --lr, the folder with X2, X3, X4 (made by `sr`)')
+        return []
+    scales = sorted(set(args.scales or (s for s in (2, 3, 4, 8) if os.path.isdir(os.path.join(args.lr, f'X{s}')))))
+    if not scales:
+        raise UserError(f'no folder X2, X3, X4 or X8 in {args.lr}')
+    return scales
+
+
+def _subimages(job, ours):
+    images, alpha = {}, False
+    for scale, path in job.sources.items():
+        images[scale], had_alpha = read_image(path)
+        alpha = alpha or had_alpha
+    multiple = math.lcm(*images)
+    height, width = modcrop(images[1], multiple).shape[:2]
+    if min(height, width) < job.size:
+        raise UserError(f'too small: {job.path} is {size_text(images[1])}, a crop is {job.size}x{job.size}')
+    for scale, image in images.items():
+        if not belongs(image, images[1], scale):
+            full = tuple(n // scale for n in images[1].shape[:2])
+            raise UserError(
+                f'sizes do not match at scale {scale}: {job.path} is {size_text(images[1])}, {job.sources[scale]} is '
+                f'{size_text(image)} (expected {full[1]}x{full[0]})'
+            )
+    corners = [(top, left) for top in _places(height, job) for left in _places(width, job)]
+    files = []
+    for scale, image in images.items():
+        side = job.size // scale
+        for number, (top, left) in enumerate(corners, 1):
+            path = os.path.join(job.folders[scale], f'{job.stem}_s{number:03d}.png')
+            crop = image[top // scale : top // scale + side, left // scale : left // scale + side]
+            jobs.write_png(np.ascontiguousarray(crop), path, os.path.normpath(path) in ours)
+            files.append(path)
+    return Outcome(files, alpha=alpha and os.path.basename(job.path))
+
+
+def _places(length, job):
+    """Where crops begin along an axis, as BasicSR's extract_subimages: every step, and a last one at the border."""
+    places = list(range(0, length - job.size + 1, job.step))
+    if length - (places[-1] + job.size) > job.thresh:
+        places.append(length - job.size)
+    return places
