@@ -8,7 +8,6 @@ import difflib
 import functools
 import inspect
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,14 +17,15 @@ from typing import Any, Optional
 import torch
 from basicsr.archs.vgg_arch import NAMES as VGG_LAYERS
 from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH, insert_bn
-from basicsr.models import lr_scheduler
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 from pydantic import ValidationError, create_model
 from torchvision.models import vgg
 
 from dckd_sr import option_keys as keys
-from dckd_sr.archs import vqgan_arch
-from dckd_sr.errors import nearest
+from dckd_sr import zoo
+from dckd_sr.archs import spandrel_arch, vqgan_arch
+from dckd_sr.errors import UserError, nearest
+from dckd_sr.ops.schedulers import SCHEDULERS
 
 
 @dataclass
@@ -78,10 +78,10 @@ class Report:
 def _shown(path, *value):
     if not value:
         return path
-    if value[0] is None or isinstance(value[0], str):
-        return f'{path} = {"~" if value[0] is None else value[0]}'
-    text = json.dumps(value[0], default=str)
-    return f'{path} = {text if len(text) <= 80 else text[:77] + "..."}'
+    if value[0] is None:
+        return f'{path} = ~'
+    text, most = (value[0], 200) if isinstance(value[0], str) else (json.dumps(value[0], default=str), 80)
+    return f'{path} = {text if len(text) <= most else text[: most - 3] + "..."}'
 
 
 def meant(name, known):
@@ -145,6 +145,8 @@ def _expected(problem):
         return 'expected a block of keys'
     if problem['type'] == 'string_type':
         return 'expected text; write it in quotes'
+    if problem['type'] == 'too_short':
+        return 'expected at least one value'
     return re.sub(r'^Value error, ', '', problem['msg']).replace('Input should be', 'expected')
 
 
@@ -212,11 +214,7 @@ def optimizers():
 
 def schedulers():
     """Name -> class of the learning rate schedules."""
-    return {
-        'MultiStepLR': lr_scheduler.MultiStepRestartLR,
-        'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
-        'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR,
-    }
+    return SCHEDULERS
 
 
 def parameters(cls):
@@ -226,20 +224,35 @@ def parameters(cls):
     """
     found = inspect.signature(cls).parameters
     named = {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return named, not _is_known(cls) and any(p.kind == p.VAR_KEYWORD for p in found.values())
+    checked_elsewhere = cls is spandrel_arch.spandrel
+    open_ended = checked_elsewhere or not is_known(cls)
+    return named, open_ended and any(p.kind == p.VAR_KEYWORD for p in found.values())
 
 
-def _is_known(cls):
+def is_known(cls):
     return cls.__module__.split('.')[0] in ('basicsr', 'dckd_sr')
 
 
 def argument(cls, block, names):
     """The first of the names that a constructor takes, with its value in a block or else its default."""
+    if cls is spandrel_arch.spandrel:
+        told = told_by_file(block)
+        return next(((name, told[name]) for name in names if name in told), (None, None))
     named = parameters(cls)[0]
     for name in names:
         if name in named and (name in block or named[name].default is not inspect.Parameter.empty):
             return name, block.get(name, named[name].default)
     return None, None
+
+
+def told_by_file(block):
+    """What the weights file of a block of type spandrel tells, under BasicSR's names; {} of a file that is refused."""
+    try:
+        found = spandrel_arch.describe(block['path'], block.get('param_key'))
+    except (KeyError, TypeError, UserError):
+        return {}
+    told = {'upscale': found.scale, 'num_in_ch': found.num_in_ch, 'num_out_ch': found.num_out_ch}
+    return {**told, 'window_size': found.window_size} if found.window_size > 1 else told
 
 
 def check_block(report, where, block, types, what, filled=(), also=(), values=None):
@@ -267,7 +280,7 @@ def check_block(report, where, block, types, what, filled=(), also=(), values=No
         return None
     cls = types[name]
     arguments = {key: value for key, value in block.items() if key != 'type'}
-    check_arguments(report, where, arguments, cls, name, filled, also, values if _is_known(cls) else None)
+    check_arguments(report, where, arguments, cls, name, filled, also, values if is_known(cls) else None)
     return cls
 
 
@@ -289,20 +302,41 @@ def check_arguments(report, where, block, function, name, filled=(), also=(), va
 
 def _argument_problem(parameter, value, values):
     """What is wrong with a value, as far as its name and default tell."""
-    default = parameter.default
     if values is not None and value not in values:
         return f'expected {" or ".join(v if isinstance(v, str) else json.dumps(v) for v in values)}'
+    least = 0 if re.match(_MAYBE_NONE, parameter.name) else 1
+    fine, expected = {
+        'truth': (value in (True, False), 'true or false'),
+        'number': (_numbers([value]), 'a number'),
+        'count': (_whole(value, least), f'a whole number, at least {least}'),
+        'size': (_numbers([value]) or _numbers(value), 'a number'),
+        'list': (isinstance(value, list), 'a list'),
+        'text': (isinstance(value, str), 'text'),
+        None: (True, ''),
+    }[argument_kind(parameter)]
+    return None if fine else f'expected {expected}'
+
+
+_COUNTS = r'num_|(in|out)_ch|(n_embed|embed_dim|upscale|scale|resolution|ch|crop_border)$'
+_MAYBE_NONE = r'num_.*(block|group|layer|class)|crop_border'
+
+
+def argument_kind(parameter):
+    """What an argument is, as far as its name and default tell.
+
+    Returns:
+        truth, count (a whole number), number, size (or sizes), list, text or None.
+    """
+    default = parameter.default
     if isinstance(default, bool):
-        return None if value in (True, False) else 'expected true or false'
-    counts = default is parameter.empty and re.match(
-        r'num_|(in|out)_ch|(n_embed|embed_dim|upscale|scale|resolution|ch)$', parameter.name
-    )
-    if counts or isinstance(default, (int, float)):
-        fine = _numbers([value]) or (parameter.name.endswith('_size') and _numbers(value))
-        return None if fine else 'expected a number'
+        return 'truth'
+    if re.match(_COUNTS, parameter.name) and (default is parameter.empty or isinstance(default, int)):
+        return 'count'
+    if isinstance(default, (int, float)):
+        return 'size' if parameter.name.endswith('_size') else 'number'
     if isinstance(default, (tuple, list)):
-        return None if isinstance(value, list) else 'expected a list'
-    return 'expected text' if isinstance(default, str) and not isinstance(value, str) else None
+        return 'list'
+    return 'text' if isinstance(default, str) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,19 +348,46 @@ def check_file(report, where, path, folder=False):
     if os.path.isdir(path) if folder else os.path.isfile(path):
         return True
     if os.path.exists(path):
-        text = 'a file, not a folder' if folder else 'a folder, not a file'
+        text = 'a file, not a folder' if os.path.isfile(path) else 'neither a file nor a folder'
+        text = 'a folder, not a file' if os.path.isdir(path) else text
     else:
         table = keys.DATA_SOURCES if folder else keys.WEIGHT_SOURCES
         source = next((f'; from {text}' for names, text in table.items() if re.search(names, path)), '')
         source = '; written by a training' if re.search(r'experiments.+models[\\/]net_', path) else source
+        command = None if folder else zoo.command_for(path)
+        source = f'; get it: {command}' if command else source
         text = f'no such {"folder" if folder else "file"}{source}'
+        text = 'a link that leads nowhere' if os.path.islink(path) else text
     report.error(where, text, path)
     return False
 
 
-def check_network(report, opt, name):
-    """Check a network block, and that it has the file's scale; returns its class or None."""
+def resolve_zoo(report, raw):
+    """Put plain blocks, and the paths of their weights, in the place of networks of ``type: zoo``."""
+    for name in ('g', 't', 'vqgan'):
+        where, scale = f'network_{name}', raw.get('scale', 1)
+        block, paths = raw.get(where), raw.get('path') or {}
+        if not isinstance(block, dict) or block.get('type') != 'zoo' or not isinstance(paths, dict):
+            continue
+        try:
+            raw[where], raw['path'], entry = zoo.resolve_zoo(block, paths, name)
+        except UserError as error:
+            report.error(f'{where}.name', str(error), block.get('name'))
+            del raw[where]
+            continue
+        if name != 'vqgan' and entry.scale != scale:
+            report.error(f'{where}.name', f'a network of scale {entry.scale}, but scale = {scale}', entry.name)
+
+
+def check_network(report, opt, name, is_needed=True):
+    """Check a network block, and that it has the file's scale; returns its class or None.
+
+    Args:
+        is_needed: otherwise a block of type spandrel whose file is not there is passed over.
+    """
     where, block = f'network_{name}', opt[f'network_{name}']
+    if not is_needed and block.get('type') == 'spandrel' and not os.path.isfile(str(block.get('path'))):
+        return None
     also = ('allow_random',) if name in ('t', 'vqgan') else ()
     cls = check_arch(report, where, block, also)
     if cls is None or name not in ('g', 't'):
@@ -336,8 +397,10 @@ def check_network(report, opt, name):
     key, value = argument(cls, block, keys.SCALE_KEYS)
     # SwinIR without an upsampler keeps the size, whatever upscale says.
     sizes = cls.__name__ != 'SwinIR' or argument(cls, block, ('upsampler',))[1]
-    if key and sizes and value != opt['scale'] and not report.reported('scale'):
+    said = report.reported('scale') or report.reported(f'{where}.name')  # the latter of a network of the zoo
+    if key and sizes and value != opt['scale'] and not said:
         default = '' if key in block else f' (the default of {block["type"]})'
+        default = f' (told by {block["path"]})' if cls is spandrel_arch.spandrel else default
         report.error(f'{where}.{key}', f'differs from scale = {opt["scale"]}{default}', value)
     return cls
 
@@ -351,7 +414,29 @@ def check_arch(report, where, block, also=()):
             report.error(where, 'expected a block of keys', block['ddconfig'])
         else:
             check_arguments(report, where, block['ddconfig'], vqgan_arch._check_ddconfig, 'VQGAN')
+            if not report.reported(where):
+                try:
+                    vqgan_arch._check_ddconfig(**block['ddconfig'])
+                except (UserError, TypeError) as error:  # the latter of lists that hold more than numbers
+                    report.error(where, str(error))
+    if cls is spandrel_arch.spandrel and 'path' in block:
+        check_spandrel(report, where, block, also)
     return cls
+
+
+def check_spandrel(report, where, block, also=()):
+    """The file of a block of type spandrel holds a network, and the block's other keys are options of it."""
+    if not isinstance(block['path'], str):
+        report.error(f'{where}.path', 'expected a file', block['path'])
+        return
+    path = block['path'] = keys.expand(block['path'])
+    if not check_file(report, f'{where}.path', path):
+        return
+    extra = {key: value for key, value in block.items() if key not in ('type', 'path', 'param_key', *also)}
+    try:
+        spandrel_arch.check_options(path, spandrel_arch.describe(path, block.get('param_key')), extra)
+    except UserError as error:
+        report.error(f'{where}.path', str(error).replace(f'{path} ', '', 1), path)
 
 
 def check_channels(report, opt, student, teacher):
@@ -360,6 +445,15 @@ def check_channels(report, opt, student, teacher):
         ours, theirs = argument(student, opt['network_g'], names), argument(teacher, opt['network_t'], names)
         if _numbers([ours[1], theirs[1]]) and ours[1] != theirs[1]:
             report.error(f'network_t.{theirs[0]}', f'network_g.{ours[0]} = {ours[1]}: another {what}', theirs[1])
+
+
+def check_encoder_channels(report, opt, student):
+    """network_vqgan reads what network_g writes; gray images enter it as equal channels."""
+    name, channels = argument(student, opt['network_g'], keys.CHANNEL_KEYS['output'])
+    ddconfig = opt['network_vqgan'].get('ddconfig')
+    found = ddconfig.get('in_channels') if isinstance(ddconfig, dict) else None
+    if _numbers([channels, found]) and channels not in (1, found):
+        report.error('network_vqgan.ddconfig.in_channels', f'network_g.{name} = {channels}: other channels', found)
 
 
 def check_loss(report, where, block):
@@ -375,7 +469,7 @@ def check_loss(report, where, block):
         report.error(f'{where}.encoder', 'not used here; network_vqgan is the encoder')
     elif encoder is not None:
         check_encoder(report, f'{where}.encoder', encoder)
-    elif not method and _is_known(cls) and 'encoder' in parameters(cls)[0]:
+    elif not method and is_known(cls) and 'encoder' in parameters(cls)[0]:
         report.error(f'{where}.encoder', f'missing; {block["type"]} compares features: a block with type and pretrain')
     if block['type'] == 'PerceptualLoss':
         check_vgg(report, where, block)
@@ -423,8 +517,7 @@ def check_train(report, opt, spec):
         if train.get(key) is not None:
             where = f'train.{key}'
             check_block(report, where, train[key], optimizers(), 'optimiser of torch.optim', filled=('params',))
-            if 'lr' not in train[key]:
-                report.error(f'{where}.lr', 'missing; the learning rate')
+            check_optimizer(report, where, train[key])
     check_schedule(report, train)
     for key, block in train.items():
         if key.endswith('_opt') and block is not None:
@@ -433,23 +526,49 @@ def check_train(report, opt, spec):
         report.error('train', f'no loss; expected {one_of(spec.losses)}')
 
 
+def check_optimizer(report, where, block):
+    """The learning rate and the betas, which torch refuses late or by an index error."""
+    rate, betas = block.get('lr'), block.get('betas', [0, 0])
+    if 'lr' not in block:
+        report.error(f'{where}.lr', 'missing; the learning rate')
+    elif not (_numbers([rate]) and 0 <= rate < float('inf')) and not report.reported(f'{where}.lr'):
+        report.error(f'{where}.lr', 'expected a number, at least 0', rate)
+    fine = isinstance(betas, list) and len(betas) == 2 and _numbers(betas) and all(0 <= beta < 1 for beta in betas)
+    if not fine and not report.reported(f'{where}.betas'):
+        report.error(f'{where}.betas', 'expected two numbers from 0 to below 1', betas)
+
+
 def check_schedule(report, train):
-    """Lists of a schedule belong together, and its periods reach the end."""
+    """Numbers of a schedule make sense, its lists belong together, and it reaches the end."""
     where, block = 'train.scheduler', train['scheduler']
-    if check_block(report, where, block, schedulers(), 'schedule', filled=('optimizer', 'last_epoch')) is None:
+    cls = check_block(report, where, block, schedulers(), 'schedule', filled=('optimizer', 'last_epoch'))
+    if cls is None:
         return
-    lists = {key: block[key] for key in ('milestones', 'periods', 'restarts', 'restart_weights') if key in block}
+    names = ('milestones', 'periods', 'restarts', 'restart_weights', 'eta_mins')
+    lists = {key: block[key] for key in names if key in block}
     for key, value in lists.items():
-        if not _numbers(value):
-            report.error(f'{where}.{key}', 'expected a list of numbers', value)
+        if not _numbers(value) or (key == 'periods' and min(value, default=0) <= 0):
+            if not report.reported(f'{where}.{key}'):
+                above = ' above 0' if key == 'periods' else ''
+                report.error(f'{where}.{key}', f'expected a list of numbers{above}', value)
             return
+    for key, parameter in parameters(cls)[0].items():
+        needed = parameter.default is parameter.empty and key in block and key not in names
+        if (needed or key == 'total_steps') and block.get(key, 1) is not None:
+            if not _numbers([block.get(key, 1)]) or block.get(key, 1) <= 0:
+                report.error(f'{where}.{key}', 'expected a number above 0', block[key])
+                return
     partner = 'periods' if 'periods' in block else 'restarts'
-    if len(lists.get(partner, [0])) != len(lists.get('restart_weights', [1])):
-        report.error(
-            f'{where}.restart_weights', f'expected as many values as {partner} has', block.get('restart_weights')
-        )
-    if 'periods' in lists and sum(lists['periods']) < (train.get('total_iter') or 0):
-        report.error(f'{where}.periods', f'they end before total_iter = {train["total_iter"]}', block['periods'])
+    for key in ('restart_weights', *(['eta_mins'] if 'eta_mins' in parameters(cls)[0] else [])):
+        if len(lists.get(partner, [0])) != len(lists.get(key, [1])):
+            report.error(f'{where}.{key}', f'expected as many values as {partner} has', block.get(key))
+    total = train.get('total_iter') or 0
+    if 'periods' in lists and sum(lists['periods']) < total:
+        report.error(f'{where}.periods', f'they end before total_iter = {total}', block['periods'])
+    if (block.get('total_steps') or total) < total:
+        report.error(f'{where}.total_steps', f'they end before total_iter = {total}', block['total_steps'])
+    if block.get('T_max', total) < total:
+        report.warn(f'{where}.T_max', f'below total_iter = {total}; the rate rises again from there', block['T_max'])
 
 
 def _numbers(value):
@@ -458,13 +577,18 @@ def _numbers(value):
     )
 
 
+def _whole(value, least):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_distillation(report, opt, given):
     """What teacher, history, encoder and losses need from each other, in training."""
     train, teacher, encoder = opt['train'], opt.get('network_t'), opt.get('network_vqgan')
     for key in ('logits_opt', 'lcr_opt'):
         if train.get(key) and teacher is None and not report.reported('network_t'):
             report.error(f'train.{key}', 'needs network_t, the teacher')
-    if teacher is not None and not teacher.get('allow_random') and opt['path'].get('pretrain_network_t') is None:
+    brings_weights = teacher is not None and (teacher.get('allow_random') or bare(teacher.get('type')) == 'spandrel')
+    if teacher is not None and not brings_weights and opt['path'].get('pretrain_network_t') is None:
         report.missing('path.pretrain_network_t', 'a teacher needs trained weights')
     for key in ('cl_opt', 'ce_opt'):
         if train.get(key) and encoder is None and not report.reported('network_vqgan'):
@@ -516,13 +640,9 @@ def check_paths(report, opt, is_train):
             check_file(report, f'path.{key}', path)
 
 
-def check_val(report, opt, classes):
-    """Check the metrics and the tiling of validation; inputs are padded to the windows that networks state."""
+def check_val(report, opt):
+    """Check the metrics and the tiling of validation."""
     val = opt['val']
-    windows = [argument(cls, opt[f'network_{name}'], ('window_size',))[1] for name, cls in classes.items()]
-    windows = [window for window in windows if isinstance(window, int) and window > 0]
-    if windows and val.get('window_size') is None:
-        val['window_size'] = math.lcm(*windows)
     for name, block in (val.get('metrics') or {}).items():
         where, types = f'val.metrics.{name}', known_types(METRIC_REGISTRY)
         check_block(report, where, block, types, 'metric', filled=('img', 'img2'), also=('better',))
@@ -534,7 +654,10 @@ def check_datasets(report, opt, blocks, is_train):
     """Check and complete all datasets that a run uses."""
     first = 'train' if is_train else 'test_1'
     if not isinstance(blocks, dict) or not blocks:
-        report.error('datasets', f'missing; a block such as {first} says which images')
+        if blocks:
+            report.error('datasets', f'expected a block of keys, such as {first}', blocks)
+        else:
+            report.error('datasets', f'missing; a block such as {first} says which images')
         return {}
     result, titles = {}, {}
     for name, block in blocks.items():
@@ -542,6 +665,8 @@ def check_datasets(report, opt, blocks, is_train):
         if name != 'train' and phase not in ('val', 'test'):
             hint = nearest(name, ['train', 'val', 'test', *(f'{p}_{i}' for p in ('val', 'test') for i in range(1, 10))])
             report.error(where, f'expected train, val, val_* or test_*{hint}')
+        elif not keys.is_name_part(name):
+            report.error(where, 'expected a plain name, without / or \\')
         elif phase == ('test' if is_train else 'train'):
             report.warn(where, f'not used in {"training" if is_train else "a test"}')
         elif not isinstance(block, dict):
@@ -574,7 +699,10 @@ def check_dataset(report, opt, name, block, is_train):
         if data.get(key) is None:
             report.missing(f'{where}.{key}', f'{kind} needs it')
     if phase == 'train':
-        check_patch(report, where, data, opt)
+        if kind == 'SingleImageDataset' and opt['model_type'] in keys.MODELS:
+            report.error(f'{where}.type', 'has no ground truth to train on', block['type'])
+        check_patch(report, f'{where}.gt_size', data.get('gt_size'), opt)
+        check_stages(report, where, data, opt)
     data['phase'], data['scale'] = phase, opt['scale']
     found = report if is_train else Report()
     check_data_files(found, report, where, data)
@@ -587,7 +715,7 @@ def check_dataset(report, opt, name, block, is_train):
 def check_data_files(found, report, where, data):
     """Report files that a dataset lacks to `found`; drop lists that BasicSR's wheel should hold and does not."""
     lmdb = data['io_backend']['type'] == 'lmdb'
-    for key in ('dataroot_gt', 'dataroot_lq'):
+    for key in ('dataroot_gt', 'dataroot_lq', 'dataroot_lqL', 'dataroot_lqR'):
         if isinstance(data.get(key), str):
             if lmdb and not data[key].endswith('.lmdb'):
                 found.error(f'{where}.{key}', 'expected a folder *.lmdb, because io_backend.type is lmdb', data[key])
@@ -603,24 +731,33 @@ def check_data_files(found, report, where, data):
             check_file(found, f'{where}.{key}', path)
 
 
-def check_patch(report, where, data, opt):
+def check_stages(report, where, data, opt):
+    """The three lists of a progressive schedule belong together, and each of its crops fits."""
+    given = {key: data[key] for key in ('iters', 'mini_batch_sizes', 'gt_sizes') if data.get(key) is not None}
+    if given and len({len(value) for value in given.values()}) * len(given) != 3:
+        lengths = ', '.join(f'{key} has {len(value)}' for key, value in given.items())
+        text = f'iters, mini_batch_sizes and gt_sizes go together, one value a stage each; {lengths}'
+        report.error(f'{where}.{next(iter(given))}', text, next(iter(given.values())))
+    for number, size in enumerate(given.get('gt_sizes', [])):
+        check_patch(report, f'{where}.gt_sizes.{number}', size, opt)
+
+
+def check_patch(report, where, size, opt):
     """The training crop fits the scale and the windows of the networks."""
-    size, scale = data.get('gt_size'), opt['scale']
+    scale = opt['scale']
     if not isinstance(size, int):
         return
     if size % scale:
-        report.error(f'{where}.gt_size', f'expected a multiple of scale = {scale}', size)
+        report.error(where, f'expected a multiple of scale = {scale}', size)
     if opt['model_type'] == 'VQGANModel':
         ch_mult = ((opt.get('network_g') or {}).get('ddconfig') or {}).get('ch_mult', [])
         factor = 2 ** max(len(ch_mult) - 1, 0) if isinstance(ch_mult, list) else 1
         if size % factor:
-            report.error(
-                f'{where}.gt_size', f'expected a multiple of {factor}, by which network_g reduces images', size
-            )
+            report.error(where, f'expected a multiple of {factor}, by which network_g reduces images', size)
     for name in ('network_g', 'network_t'):
         network = opt.get(name) or {}
         cls = known_types(ARCH_REGISTRY).get(bare(network.get('type')))
         window = argument(cls, network, ('window_size',))[1] if cls else None
         if isinstance(window, int) and window > 0 and size % (scale * window):
             text = f'expected a multiple of scale times {name}.window_size, {scale} x {window}'
-            report.error(f'{where}.gt_size', text, size)
+            report.error(where, text, size)

@@ -7,7 +7,7 @@ import keyword
 import os
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import (
     AfterValidator,
@@ -37,9 +37,36 @@ def _gpus(value):
     return value
 
 
+def _no_folder(value):
+    if value not in (None, 'none'):
+        raise ValueError('expected none: this dataset has no such folder')
+    return None
+
+
 def _folder_name(value):
     if not value.strip() or value.strip('. ') != value or re.search(r'[\\/:*?"<>|\x00-\x1f]', value):
         raise ValueError('expected a plain folder name: the run is written to experiments/NAME')
+    return value
+
+
+def is_name_part(value):
+    """Whether a text can be a part of the name of a file or folder, and leads nowhere else."""
+    return value not in ('.', '..') and not re.search(r'[\\/\x00-\x1f]', value)
+
+
+def _name_part(value):
+    if not is_name_part(value):
+        raise ValueError('expected a plain name, without / or \\: images are written under it')
+    return value
+
+
+def _template(value):
+    try:
+        varies = value.format('a') != value.format('b')
+    except (ValueError, LookupError, AttributeError):
+        varies = False
+    if not varies:
+        raise ValueError("expected {} where the name of the GT image goes, such as '{}x4'")
     return value
 
 
@@ -67,6 +94,12 @@ def expand(path):
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
+# With upper bounds: a slip of some zeros must not fill the memory, or start processes until the machine stops.
+Workers = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=1024)]
+BatchSize = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65536)]
+Negatives = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=1024)]
+Queue = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1024)]
+Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=2**31)]  # numpy takes 32 bits, ranks add to it
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
 PositiveNumber = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 Positives = Annotated[
@@ -76,7 +109,11 @@ Gpus = Annotated[
     Any, AfterValidator(_gpus), WithJsonSchema({'anyOf': [{'const': 'auto'}, {'type': 'integer', 'minimum': 0}]})
 ]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+NamePart = Annotated[str, AfterValidator(_name_part)]
+Template = Annotated[str, AfterValidator(_template)]
 PathName = Annotated[str, AfterValidator(expand)]
+# Restormer's files write `none`.
+NoFolder = Annotated[None, BeforeValidator(_no_folder), WithJsonSchema({'enum': ['none', None]})]
 ModuleNames = Annotated[
     list[Annotated[str, AfterValidator(_module_name)]], BeforeValidator(_listed), _or_list({'type': 'string'})
 ]
@@ -111,7 +148,7 @@ class Train(Section):
     accum_iter: Positive = Field(1, description='batches whose gradients make one iteration')
     grad_clip: Optional[PositiveNumber] = Field(None, description='largest norm of the gradient')
     use_grad_clip: Optional[bool] = Field(None, description="NAFNet's and Restormer's name for grad_clip: 0.01")
-    on_nonfinite: Literal['stop', 'skip'] = Field('stop', description='what follows a loss or gradient that is no number')
+    on_nonfinite: Literal['stop', 'skip'] = Field('stop', description='what a loss that is not finite leads to')
     pixel_opt: Optional[Block] = Field(None, description='loss against the ground truth')
     perceptual_opt: Optional[Block] = Field(None, description='perceptual loss against the ground truth')
 
@@ -126,11 +163,20 @@ class GANTrain(Train):
     net_d_init_iters: Count = Field(0, description='iterations of the discriminator alone')
 
 
+class MixingAugs(Section):
+    """Restormer's keys."""
+
+    mixup: bool = Field(False, description='train on weighted means of two samples')
+    mixup_beta: PositiveNumber = Field(1.2, description='weights are drawn from Beta(mixup_beta, mixup_beta)')
+    use_identity: bool = Field(False, description='every other batch stays as it is')
+
+
 class KDTrain(Train):
     """KDModel's keys."""
 
     logits_opt: Optional[Block] = Field(None, description="loss against the teacher's output")
     check_teacher: bool = Field(True, description='stop before step 1 where the teacher is worse than bicubic')
+    mixing_augs: Optional[MixingAugs] = Field(None, description='mixup of training batches')
 
 
 class Noisy(Section):
@@ -144,7 +190,7 @@ class DCKDTrain(KDTrain):
     noisy: Optional[Noisy] = Field(None, description='the augmentations of lcr_opt')
     cl_opt: Optional[Block] = Field(None, description='dynamic contrastive loss')
     ce_opt: Optional[Block] = Field(None, description='distribution mapping loss')
-    num_neg: Count = Field(4, description='degraded negatives')
+    num_neg: Negatives = Field(4, description='degraded negatives')
     neg_clean: bool = Field(True, description='the clean input is one more negative')
     update_decay: Probability = Field(0.1, description='weight of the old history at its update')
     step: Positives = Field([1000, 2000, 3000], description='iterations between history updates, per step_period')
@@ -167,11 +213,12 @@ class VQGANTrain(Train):
 class Val(Section):
     val_freq: Positive = Field(5000, description='validate every so many iterations')
     save_img: bool = Field(False, description='write the output images')
-    suffix: str = Field('', description='suffix of written images; the run name if empty')
+    suffix: NamePart = Field('', description='suffix of written images; the run name if empty')
     pbar: bool = Field(False, description='progress bar over the images')
-    window_size: Optional[Positive] = Field(None, description='pad inputs to a multiple of this')
+    window_size: Optional[Positive] = Field(None, description='pad inputs to multiples of it, not only of the needed')
     tile_size: Optional[Positive] = Field(None, description='run in tiles of this many input pixels')
     tile_overlap: Optional[Count] = Field(None, description='input pixels that tiles share')
+    self_ensemble: bool = Field(False, description='mean over the 8 flips and transpositions of the input')
     metrics: Optional[dict[str, Block]] = Field(None, description='name -> metric with its arguments')
 
 
@@ -205,7 +252,7 @@ class Top(Section):
     imports: Optional[ModuleNames] = Field(None, description='modules with archs, losses, models, ... of your own')
     scale: Positive = Field(1, description='output size over input size')
     num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
-    manual_seed: Optional[Count] = Field(None, description='seed; drawn if empty')
+    manual_seed: Optional[Seed] = Field(None, description='seed; drawn if empty')
     find_unused_parameters: bool = Field(False, description="DistributedDataParallel's argument")
     val: Val = Val()
     logger: Logger = Logger()
@@ -225,14 +272,14 @@ class IOBackend(Section):
 class Dataset(Section):
     """The keys of every dataset."""
 
-    name: str = Field('', description='name in logs and tables; the key of the block if empty')
+    name: NamePart = Field('', description='name in logs and tables; the key of the block if empty')
     type: Optional[str] = Field(None, description='dataset class')
     io_backend: IOBackend = IOBackend()
-    num_worker_per_gpu: Optional[Count] = Field(None, description='loader processes')
-    batch_size_per_gpu: Optional[Positive] = Field(None, description='samples per process')
+    num_worker_per_gpu: Optional[Workers] = Field(None, description='loader processes')
+    batch_size_per_gpu: Optional[BatchSize] = Field(None, description='samples per process')
     dataset_enlarge_ratio: Optional[Positive] = Field(None, description='passes over the images that make an epoch')
     prefetch_mode: Optional[Literal['cpu', 'cuda']] = None
-    num_prefetch_queue: Optional[Positive] = None
+    num_prefetch_queue: Optional[Queue] = None
     pin_memory: Optional[bool] = None
     persistent_workers: Optional[bool] = None
 
@@ -246,10 +293,10 @@ class OtherDataset(Dataset):
 class TrainLoader(Section):
     """Defaults of the loader keys in datasets.train."""
 
-    num_worker_per_gpu: Count = 4
-    batch_size_per_gpu: Positive = 16
+    num_worker_per_gpu: Workers = 4
+    batch_size_per_gpu: BatchSize = 16
     dataset_enlarge_ratio: Positive = 1
-    mini_batch_sizes: Optional[Positives] = Field(None, description='progressive training: batch_size_per_gpu per stage')
+    mini_batch_sizes: Optional[Positives] = Field(None, description='progressive training: samples per stage')
     gt_sizes: Optional[Positives] = Field(None, description='progressive training: gt_size per stage')
     iters: Optional[Positives] = Field(None, description='progressive training: iterations of each stage')
 
@@ -270,23 +317,53 @@ class SingleImageDataset(Dataset):
 
 class PairedImageDataset(_Crops, SingleImageDataset):
     dataroot_gt: Optional[PathName] = None
-    filename_tmpl: str = Field('{}', description='LQ file name for a GT file name, both without suffix')
+    filename_tmpl: Template = Field('{}', description='LQ file name for a GT file name, both without suffix')
 
 
 class SRImageDataset(_Crops):
     dataroot_gt: Optional[PathName] = None
     dataroot_lq: Optional[PathName] = Field(None, description='made from GT if empty')
     lq_convention: Literal['uint8', 'double'] = Field('uint8', description="MATLAB's imresize on uint8 or on double")
-    filename_tmpl: str = Field('{}', description='LQ file name for a GT file name, both without suffix')
+    filename_tmpl: Template = Field('{}', description='LQ file name for a GT file name, both without suffix')
     meta_info_file: Optional[PathName] = None
     cache: Optional[Literal['ram']] = None
+
+
+class PairedImage(Dataset):
+    """Restormer's Dataset_PairedImage."""
+
+    dataroot_gt: Optional[PathName] = None
+    dataroot_lq: Optional[PathName] = None
+    meta_info_file: Optional[PathName] = None
+    filename_tmpl: Template = Field('{}', description='LQ file name for a GT file name, both without suffix')
+    gt_size: Optional[Positive] = Field(None, description='side of the training crop of GT')
+    geometric_augs: bool = Field(True, description='one of the eight flips and rotations')
+    cache: Optional[Literal['ram']] = None
+
+
+class GaussianDenoising(PairedImage):
+    """Restormer's Dataset_GaussianDenoising."""
+
+    dataroot_lq: NoFolder = Field(None, description='none: LQ is made from GT')
+    in_ch: Literal[1, 3] = Field(3, description='1 for gray images')
+    sigma_type: Literal['constant', 'random', 'choice'] = Field('random', description='how training noise is drawn')
+    sigma_range: Union[float, list[float], None] = Field(None, description='training noise, in levels of 255')
+    sigma_test: Optional[float] = Field(None, ge=0, description='noise of validation and test, in levels of 255')
+
+
+class DualPixel(PairedImage):
+    """Restormer's Dataset_DefocusDeblur_DualPixel_16bit."""
+
+    dataroot_lq: NoFolder = Field(None, description='none: there are two')
+    dataroot_lqL: Optional[PathName] = Field(None, description='left views')
+    dataroot_lqR: Optional[PathName] = Field(None, description='right views')
 
 
 class RealESRGANPairedDataset(_Crops):
     dataroot_gt: Optional[PathName] = None
     dataroot_lq: Optional[PathName] = None
     meta_info: Optional[PathName] = None
-    filename_tmpl: str = '{}'
+    filename_tmpl: Template = '{}'
     mean: Optional[list[float]] = None
     std: Optional[list[float]] = None
 
@@ -323,6 +400,9 @@ DATASETS = {
     'RealESRGANDataset': RealESRGANDataset,
     'RealESRGANPairedDataset': RealESRGANPairedDataset,
     'FFHQDataset': FFHQDataset,
+    'Dataset_PairedImage': PairedImage,
+    'Dataset_GaussianDenoising': GaussianDenoising,
+    'Dataset_DefocusDeblur_DualPixel_16bit': DualPixel,
 }
 # What a dataset cannot do without: always, and in training.
 DATASET_NEEDS = {
@@ -332,6 +412,9 @@ DATASET_NEEDS = {
     'RealESRGANDataset': (['dataroot_gt', 'final_sinc_prob', *(k + o for o in ('', '2') for k in _KERNEL_KEYS)], []),
     'RealESRGANPairedDataset': (['dataroot_gt', 'dataroot_lq'], ['gt_size']),
     'FFHQDataset': (['dataroot_gt'], []),
+    'Dataset_PairedImage': (['dataroot_gt', 'dataroot_lq'], ['gt_size']),
+    'Dataset_GaussianDenoising': (['dataroot_gt'], ['gt_size', 'sigma_range']),
+    'Dataset_DefocusDeblur_DualPixel_16bit': (['dataroot_gt', 'dataroot_lqL', 'dataroot_lqR'], ['gt_size']),
 }
 
 
@@ -348,6 +431,8 @@ class ModelKeys:
 MODELS = {
     'SRModel': ModelKeys(Train, ('g',), losses=('pixel_opt', 'perceptual_opt')),
     'SwinIRModel': ModelKeys(Train, ('g',), losses=('pixel_opt', 'perceptual_opt')),
+    'ImageRestorationModel': ModelKeys(KDTrain, ('g',), losses=('pixel_opt', 'perceptual_opt')),  # NAFNet's
+    'ImageCleanModel': ModelKeys(KDTrain, ('g',), losses=('pixel_opt', 'perceptual_opt')),  # Restormer's
     'SRGANModel': ModelKeys(GANTrain, ('g', 'd'), needs=('network_d', 'train.optim_d', 'train.gan_opt')),
     'ESRGANModel': ModelKeys(GANTrain, ('g', 'd'), needs=('network_d', 'train.optim_d', 'train.gan_opt')),
     'KDModel': ModelKeys(KDTrain, ('g', 't'), losses=('pixel_opt', 'perceptual_opt', 'logits_opt')),
@@ -360,7 +445,9 @@ MODELS = {
 }
 OTHER_MODEL = ModelKeys(GANTrain, ('g', 'd'))  # video, third parties: unknown keys are warnings
 # A file of these types that has one of these blocks runs as DCKDModel.
-DROP_IN_TYPES = ('SRModel', 'SwinIRModel')
+DROP_IN_TYPES = ('SRModel', 'SwinIRModel', 'ImageRestorationModel', 'ImageCleanModel')
+# What a type's own code assumes in `train` where its files are silent; holds as DCKDModel, too.
+TYPE_DEFAULTS = {'ImageRestorationModel': {'use_grad_clip': True}}
 DROP_IN_NETWORKS = ('network_t', 'network_his', 'network_vqgan')
 DROP_IN_LOSSES = ('logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt')
 
@@ -373,6 +460,16 @@ RENAMED = {
 NEEDLESS = {
     'path': {'ignore_resume_networks': 'only trained networks are resumed'},
     'datasets': {'use_shuffle': 'training always shuffles, validation never'},
+    # NAFNet's and Restormer's.
+    'val': {
+        'use_image': 'metrics are computed on 8-bit images',
+        'rgb2bgr': 'networks see RGB, files hold RGB',
+        'max_minibatch': 'images and tiles are restored one by one',
+        **dict.fromkeys(
+            ('grids', 'crop_size_h', 'crop_size_w', 'crop_size_h_ratio', 'crop_size_w_ratio'),
+            'val.tile_size and val.tile_overlap make tiles',
+        ),
+    },
 }
 # Names that other toolboxes give to things that have a name here; used in messages only.
 OTHER_NAMES = {
@@ -385,7 +482,7 @@ OTHER_NAMES = {
     'lq_size': 'gt_size (lq_size times scale)',
     'patch_size': 'gt_size',
     'batch_size': 'batch_size_per_gpu',
-    'accumulate': 'batch_size_per_gpu (a batch is one step)',
+    'accumulate': 'train.accum_iter',
     'n_workers': 'num_worker_per_gpu',
     'num_workers': 'num_worker_per_gpu',
     'iters': 'total_iter',
@@ -409,7 +506,7 @@ LOSS_VALUES = {
 }
 # The method that DCKDModel calls on the loss of a block.
 FEATURE_LOSSES = {'train.cl_opt': 'from_levels', 'train.ce_opt': 'from_logits'}
-ARCH_VALUES = {'input_range': ([0, 1], [-1, 1])}
+ARCH_VALUES = {'input_range': ([0, 1], [-1, 1]), 'LayerNorm_type': ('WithBias', 'BiasFree')}
 SCALE_KEYS = ('upscale', 'scale', 'upscale_factor')
 CHANNEL_KEYS = {
     'input': ('num_in_ch', 'in_chans', 'in_channels', 'inp_channels', 'img_channel'),
@@ -432,9 +529,8 @@ WEIGHT_SOURCES = {
     'EDSR|RCAN|MSR|ESRGAN|RRDB': 'https://github.com/XPixelGroup/BasicSR/blob/master/docs/ModelZoo.md',
 }
 ENCODER_ADVICE = (
-    'train one (python -m dckd_sr.train -opt options/train_vqgan.yml), or download the VQGAN f16 1024 checkpoint of '
-    'taming-transformers '
-    '(https://github.com/CompVis/taming-transformers) and run: python -m dckd_sr.zoo convert FILE'
+    'train one (python -m dckd_sr.train -opt options/train_vqgan.yml), or get that of taming-transformers: '
+    'python -m dckd_sr.zoo get VQGAN_ImageNet_s256_f16_1024'
 )
 RUNTIME_KEYS = ('dist', 'rank', 'world_size', 'is_train', 'auto_resume', 'root_path')
 RUNTIME_PATHS = ('experiments_root', 'models', 'training_states', 'log', 'visualization', 'results_root')

@@ -4,40 +4,29 @@
 
 Sections are checked against the pydantic models of `option_keys`; blocks with a ``type`` (networks, losses, metrics,
 optimisers) against the signature of what the type names, in `option_checks`. All problems are reported at once, each
-with the full path of its key.
+with the full path of its key. Files are found, read and merged with their bases in `option_files`.
+
+    python -m dckd_sr.options show FILE      the resolved file, with where each value came from
+    python -m dckd_sr.options schema         a JSON schema, for completion in editors
 """
 
 import argparse
 import copy
+import importlib
 import os
 import random
-from pathlib import Path
+import sys
 
 import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from dckd_sr import option_checks as checks
+from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
 from dckd_sr import safe_yaml
 from dckd_sr.errors import UserError, nearest
 from dckd_sr.option_checks import Report, check_file  # noqa: F401  (check_file: for entry points)
-
-
-class OptionError(UserError):
-    """Mistakes in an option file or an override.
-
-    Attributes:
-        problems (list[str]): one line each: full path of the key, its value, what was expected.
-    """
-
-    def __init__(self, problems, source=None):
-        self.problems = list(problems)
-        lines = self.problems
-        if source is not None or len(lines) > 1:
-            count = f'{len(lines)} problem{"s" if len(lines) > 1 else ""}'
-            lines = [f'{source}: {count}' if source is not None else count, *lines]
-        super().__init__('\n  '.join(lines))
-
+from dckd_sr.option_files import OptionError, apply_overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Entry points
@@ -48,7 +37,7 @@ def parser(is_train=True):
     verb = 'train' if is_train else 'test'
     result = argparse.ArgumentParser(prog=f'dckd-{verb}', description=f'{verb.capitalize()} as an option file says.')
     add = result.add_argument
-    add('-opt', '--opt', required=True, metavar='FILE', help='option file (YAML)')
+    add('-opt', '--opt', required=True, metavar='FILE', help='option file (YAML), or the name of a shipped one')
     add('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started several processes')
     add('--auto_resume', action='store_true', help="continue from the run's last state, if there is one")
     add('--debug', action='store_true', help='validate and save every 8 iterations')
@@ -66,7 +55,7 @@ def parse(argv, is_train=True, command=None):
         command: a parser with more arguments than ``parser(is_train)``.
 
     Returns:
-        tuple[dict, argparse.Namespace, list[str]]: options, arguments, warnings.
+        tuple[dict, argparse.Namespace, list[str]]: options, arguments (opt is the file that was found), warnings.
 
     Raises:
         OptionError: as `load`. SystemExit: --help (0), or a wrong command line (2).
@@ -75,6 +64,7 @@ def parse(argv, is_train=True, command=None):
     opt, warnings = load(
         args.opt, args.force_yml, is_train, debug=args.debug, launcher=args.launcher, auto_resume=args.auto_resume
     )
+    args.opt = str(files.find(args.opt)[0])
     return opt, args, warnings
 
 
@@ -82,7 +72,7 @@ def load(path, overrides=(), is_train=True, root_path=None, debug=False, launche
     """Read, override, check and resolve an option file; creates nothing on disk.
 
     Args:
-        path: the file.
+        path: the file, or the name of one that comes with this package.
         overrides: entries ``a:b=value``, as --force_yml takes them.
         is_train: a test skips what only training needs, and marks missing sets by a key ``missing``, the reason.
         root_path: folder for the outputs; the current one if None.
@@ -95,12 +85,19 @@ def load(path, overrides=(), is_train=True, root_path=None, debug=False, launche
     Raises:
         OptionError: everything that is wrong, in one message.
     """
-    raw, report = read_file(path), Report()
-    apply_overrides(raw, overrides)
-    opt = resolve(raw, is_train, report, debug, launcher, auto_resume, root_path)
+    file, report = files.read(path), Report()
+    if file.shipped:
+        report.warn(f'-opt {path}', f'read from {file.path}, which comes with dckd_sr')
+    apply_overrides(file.options, overrides)
+    opt = resolve(file.options, is_train, report, debug, launcher, auto_resume, root_path)
     if report.problems:
-        raise OptionError(report.problems, path)
+        raise OptionError(report.problems, file.path if file.shipped else path)
     return opt, report.warnings
+
+
+def read_file(path):
+    """An option file as written, with its bases merged in; see `option_files.read` for the errors."""
+    return files.read(path).options
 
 
 def check(opt, is_train=True):
@@ -115,95 +112,19 @@ def check(opt, is_train=True):
 
 
 def to_yaml(opt):
-    """The text of an option file that loads again: resolved options without what a run adds (ranks, output paths)."""
+    """The text of an option file that loads again, and gives these resolved options."""
+    return safe_yaml.dump(portable(opt))
+
+
+def portable(opt):
+    """Resolved options without what a run adds: ranks, output paths."""
     opt = {key: value for key, value in opt.items() if key not in keys.RUNTIME_KEYS}
     opt['path'] = {key: value for key, value in opt['path'].items() if key not in keys.RUNTIME_PATHS}
     opt['datasets'] = {
         name: {key: value for key, value in block.items() if key not in keys.RUNTIME_DATASET_KEYS}
         for name, block in opt['datasets'].items()
     }
-    return safe_yaml.dump(opt)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_file(path):
-    """Read an option file.
-
-    Returns:
-        dict: as written.
-
-    Raises:
-        OptionError: missing, unreadable, empty, no mapping, or not plain YAML.
-    """
-    file = Path(path).expanduser()
-    try:
-        text = file.read_bytes().decode('utf-8-sig')
-    except FileNotFoundError:
-        raise OptionError([f'-opt {path}: no such file{_similar_file(file)}']) from None
-    except UnicodeDecodeError:
-        raise OptionError([f'-opt {path}: not a UTF-8 text file']) from None
-    except OSError as error:
-        reason = 'a folder, not a file' if file.is_dir() else error.strerror
-        raise OptionError([f'-opt {path}: {reason}']) from None
-    try:
-        opt = safe_yaml.parse(text)
-    except safe_yaml.YAMLError as error:
-        raise OptionError(error.problems, path) from None
-    if not isinstance(opt, dict):
-        raise OptionError([f'-opt {path}: {"empty" if opt is None else "not made of `key: value` lines"}'])
     return opt
-
-
-def _similar_file(file):
-    """The option file meant, among those beside it and those that come with this package."""
-    shipped = Path(__file__).resolve().parents[1] / 'options'
-    known = {}
-    for other in [*shipped.rglob('*.yml'), *(file.parent.glob('*.yml') if file.parent.is_dir() else ())]:
-        known.setdefault(other.stem, other)
-    meant = checks.meant(file.stem, known)
-    return f" (did you mean '{known[meant]}'?)" if meant else ''
-
-
-def apply_overrides(opt, overrides):
-    """Set the ``a:b=value`` entries of --force_yml in opt; values are YAML, keys may be new.
-
-    Raises:
-        OptionError: an entry without ``=``, one that leads through a plain value, or a value with a YAML tag.
-    """
-    problems = []
-    for entry in overrides or ():
-        path, equals, text = entry.partition('=')
-        names = [name.strip() for name in path.split(':')]
-        if not equals or not all(names):
-            problems.append(f'--force_yml {entry}: expected key:key=value')
-            continue
-        try:
-            value = _override_value(text.strip())
-        except safe_yaml.YAMLError as error:
-            problems += [f'--force_yml {entry}: {problem}' for problem in error.problems]
-            continue
-        block = opt
-        for name in names[:-1]:
-            if block.get(name) is None:
-                block[name] = {}
-            block = block[name]
-            if not isinstance(block, dict):
-                problems.append(f"--force_yml {entry}: '{name}' is a value here, not a block of keys")
-                break
-        else:
-            block[names[-1]] = value
-    if problems:
-        raise OptionError(problems)
-
-
-def _override_value(text):
-    if text.lower() == 'none':
-        return None
-    # A file name template such as {}x4 would be a YAML mapping; other text that is no YAML is meant as text.
-    return text if text.startswith('{}') or not safe_yaml.is_yaml(text) else safe_yaml.parse(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +138,9 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
         dict: a new one, with what BasicSR's parse_options gives. Of use only where there are no problems.
     """
     raw = copy.deepcopy(raw)
+    import_modules(raw.get('imports'), report)
     rename(raw, report)
+    checks.resolve_zoo(report, raw)
     model_type, spec = model_keys(raw, report, is_train)
     train_raw, datasets, given = raw.get('train'), raw.pop('datasets', None), set(raw)
     if not is_train:
@@ -233,10 +156,12 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
         if (opt[section] if section else opt).get(key) is None:
             report.missing(path, f'{model_type} needs it')
     networks = [name for name in spec.networks if opt.get(f'network_{name}') is not None]
-    classes = {name: checks.check_network(report, opt, name) for name in networks}
+    classes = {name: checks.check_network(report, opt, name, is_train or name == 'g') for name in networks}
     classes = {name: cls for name, cls in classes.items() if cls is not None}
     if 'g' in classes and 't' in classes:
         checks.check_channels(report, opt, classes['g'], classes['t'])
+    if is_train and 'g' in classes and 'vqgan' in classes:
+        checks.check_encoder_channels(report, opt, classes['g'])
     if is_train:
         checks.check_train(report, opt, spec)
         if 't' in spec.networks:
@@ -244,21 +169,43 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
     elif train_raw is not None:
         opt['train'] = train_raw
     checks.check_paths(report, opt, is_train)
-    checks.check_val(report, opt, classes)
+    checks.check_val(report, opt)
     opt['datasets'] = checks.check_datasets(report, opt, datasets, is_train)
     finish(opt, is_train, report, debug, launcher, auto_resume, root_path)
     return opt
 
 
+def import_modules(names, report):
+    """Import the modules that `imports` names, which register archs, losses, models, ... in BasicSR's registries.
+
+    Modules are looked for as ``python -m`` does, but for the order: what is installed, then the current folder.
+    """
+    names = names if isinstance(names, list) else [names]
+    folder = os.getcwd()
+    if any(names) and folder not in sys.path:
+        sys.path.append(folder)
+    for name in names:
+        if not keys.is_module_name(name):
+            continue  # the check of the section says so
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+            absent = isinstance(error, ModuleNotFoundError) and f'{name}.'.startswith(f'{error.name}.')
+            first = (str(error).splitlines() or [''])[0]
+            cause = f'{type(error).__name__}: {first}' if first else type(error).__name__
+            text = f'no such module: {error.name} is neither installed nor in {folder}' if absent else cause
+            report.error('imports', text if absent else f'cannot be imported: {text}', name)
+
+
 def rename(opt, report):
     """Give keys of older option files their present names, and drop those without meaning, in place."""
-    sections = [('path', 'path', opt.get('path'))]
+    sections = [(name, name, opt.get(name)) for name in ('path', 'val')]
     if isinstance(opt.get('datasets'), dict):
         sections += [('datasets', f'datasets.{name}', block) for name, block in opt['datasets'].items()]
     for table, where, block in sections:
         if not isinstance(block, dict):
             continue
-        for old, new in keys.RENAMED[table].items():
+        for old, new in keys.RENAMED.get(table, {}).items():
             if old in block:
                 report.warn(f'{where}.{old}', f'read as {new}, its present name')
                 value = block.pop(old)
@@ -282,14 +229,20 @@ def model_keys(opt, report, is_train):
         )
         name = checks.meant(name, types) or name
     train = opt['train'] if isinstance(opt.get('train'), dict) else {}
+    if 'grad_clip' not in train:
+        for key, value in keys.TYPE_DEFAULTS.get(name, {}).items():
+            train.setdefault(key, value)
     ours = [key for key in keys.DROP_IN_NETWORKS if opt.get(key)]
     ours += [f'train.{key}' for key in keys.DROP_IN_LOSSES if train.get(key)]
     if name in keys.DROP_IN_TYPES and ours:
         if is_train:
             report.warn('model_type', f'runs as DCKDModel, because the file has {", ".join(ours)}', name)
         name = 'DCKDModel'
-    report.strict = name in types and types[name].__module__.startswith('dckd_sr.')
-    return name, keys.MODELS.get(name, keys.OTHER_MODEL)
+    ancestry = [cls for cls in types[name].__mro__ if cls.__module__.startswith('dckd_sr.')] if name in types else []
+    report.strict = bool(ancestry) and ancestry[0] is types[name]
+    # A model that derives from one of ours has its keys.
+    inherited = next((keys.MODELS[cls.__name__] for cls in ancestry if cls.__name__ in keys.MODELS), keys.OTHER_MODEL)
+    return name, keys.MODELS.get(name, inherited)
 
 
 def finish(opt, is_train, report, debug, launcher, auto_resume, root_path):
@@ -337,3 +290,36 @@ def resolve_gpus(opt, report, launcher):
         batch = opt['datasets'].get('train', {}).get('batch_size_per_gpu', 1)
         text += f'; the effective batch is {batch} x {count} = {batch * int(count)}'
     report.warn('num_gpu', text, wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None):
+    """``python -m dckd_sr.options``.
+
+    Returns:
+        exit code: 0 done, 2 a mistake in options or arguments (one message, no traceback).
+    """
+    from dckd_sr import option_schema, option_show  # they read what is defined above
+
+    top = argparse.ArgumentParser(prog='python -m dckd_sr.options', description='Look at option files.')
+    commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    option_show.add_command(commands)
+    option_schema.add_command(commands)
+
+    try:
+        args = top.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

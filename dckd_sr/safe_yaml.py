@@ -1,5 +1,6 @@
 """YAML as people write option files: plain values only, ``1e-4`` is a number, a key that is set twice is a mistake."""
 
+import json
 import re
 
 import yaml
@@ -9,6 +10,7 @@ from dckd_sr.errors import UserError
 # PyYAML follows YAML 1.1, where a float needs a point and its exponent a sign; these are YAML 1.2's.
 _FLOAT = re.compile(r'[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z')
 _PREFIX = 'tag:yaml.org,2002:'
+_DEPTH, _SIZE = 100, 100_000  # of an option file: levels, and values with those that aliases repeat
 _TAGS = {_PREFIX + name for name in ('null', 'bool', 'int', 'float', 'str', 'seq', 'map', 'merge')}
 
 
@@ -47,15 +49,30 @@ def parse(text):
         dict, list, str, int, float, bool or None; aliases (``*name``) are copies.
 
     Raises:
-        YAMLError: bad syntax, duplicate keys, or any tag that is not plain, such as ``!!python/object``.
+        YAMLError: bad syntax, duplicate keys, any tag that is not plain, such as ``!!python/object``, or more levels or
+            values than an option file ever has.
+    """
+    return parse_with_lines(text)[0]
+
+
+def parse_with_lines(text):
+    """Parse one document, and say where its keys stand.
+
+    Returns:
+        tuple: the value as `parse` gives it, and a dict: path of a key (tuple of names) -> its line, from 1. Keys that
+        come through ``<<`` stand where they were written.
     """
     loader = None
     try:
+        _check_depth(text)
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None and _size(node, {}) > _SIZE:
+            raise YAMLError([f'more than {_SIZE} values, with those that aliases repeat'])
         problems = [] if node is None else list(_problems(node, loader, ()))
         if not problems:
-            return None if node is None else _separate(loader.construct_document(node))
+            value = None if node is None else _separate(loader.construct_document(node))
+            return value, dict(_lines(node))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, 'problem_mark', None)
         where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
@@ -69,15 +86,49 @@ def parse(text):
 def is_yaml(text):
     """Whether a text has YAML's syntax, whatever its tags."""
     try:
+        _check_depth(text)
         yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
         return False
+    except YAMLError:
+        pass  # too much of it
     return True
 
 
 def dump(value):
     """Plain values as YAML, in the given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def inline(value):
+    """A plain value as YAML in one line."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=1 << 30)
+    text = text.removesuffix('...\n').rstrip('\n')
+    # YAML writes a line break as one, JSON as \n.
+    return json.dumps(value, ensure_ascii=False) if '\n' in text else text
+
+
+def _check_depth(text):
+    """Refuse a text of too many levels: PyYAML's C code composes them by recursion, and the process is gone."""
+    loader, depth = _Loader(text), 0
+    try:
+        while loader.check_event():
+            event = loader.get_event()
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise YAMLError([f'line {event.start_mark.line + 1}: more than {_DEPTH} levels'])
+    finally:
+        loader.dispose()
+
+
+def _size(node, sizes):
+    """The number of values that a node stands for; each alias counts whole."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 0  # until it is known: a block in itself is told elsewhere
+        items = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in inner)
+    return sizes[id(node)]
 
 
 def _problems(node, loader, parents):
@@ -91,7 +142,8 @@ def _problems(node, loader, parents):
         try:
             loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError):
-            yield where + f"'{node.value}' is not of the type {node.tag.replace(_PREFIX, '!!')}"
+            value = node.value if len(node.value) <= 80 else f'{node.value[:77]}...'
+            yield where + f"'{value}' is not of the type {node.tag.replace(_PREFIX, '!!')}"
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _problems(item, loader, (*parents, node))
@@ -106,6 +158,13 @@ def _problems(node, loader, parents):
                     yield f"line {line}: the key '{key.value}' is already set in line {lines[key.value]}"
                 lines.setdefault(str(key.value), line)
             yield from _problems(value, loader, (*parents, node))
+
+
+def _lines(node, path=()):
+    """(path, line) of each key of a node that was constructed, which brought in what ``<<`` names, overridden last."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        yield (*path, key.value), key.start_mark.line + 1
+        yield from _lines(value, (*path, key.value))
 
 
 def _separate(value):

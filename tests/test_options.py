@@ -97,7 +97,13 @@ def test_defaults():
     assert opt['train']['scheduler'] == {'type': 'MultiStepLR', 'milestones': []}
     assert (opt['train']['ema_decay'], opt['train']['warmup_iter']) == (0, -1)
     assert (opt['val']['save_img'], opt['val']['suffix'], opt['val']['val_freq']) == (False, '', 5000)
-    assert opt['logger'] == {'print_freq': 100, 'save_checkpoint_freq': 5000, 'use_tb_logger': False}
+    assert opt['logger'] == {
+        'print_freq': 100,
+        'save_checkpoint_freq': 5000,
+        'save_checkpoint_format': 'pth',
+        'on_save_error': 'stop',
+        'use_tb_logger': False,
+    }
     assert (opt['dist'], opt['rank'], opt['world_size']) == (False, 0, 1)
 
 
@@ -223,10 +229,10 @@ class TestFiles:
             (b'- 1\n- 2\n', '-opt x.yml: not made of `key: value` lines'),
             (b'text', '-opt x.yml: not made of `key: value` lines'),
             (b'\x80\x02\xff', '-opt x.yml: not a UTF-8 text file'),
-            (b'\x00\x01', 'x.yml: 1 problem\n  '),
-            (b'a: 1\na: 2', "x.yml: 1 problem\n  line 2: the key 'a' is already set in line 1"),
-            (b'a: !!python/name:os.system', 'x.yml: 1 problem\n  line 1: the tag !!python/name:os.system'),
-            (b'a: [1\nb: 2', 'x.yml: 1 problem\n  line 2'),
+            (b'\x00\x01', 'x.yml: '),
+            (b'a: 1\na: 2', "x.yml: line 2: the key 'a' is already set in line 1"),
+            (b'a: !!python/name:os.system', 'x.yml: line 1: the tag !!python/name:os.system'),
+            (b'a: [1\nb: 2', 'x.yml: line 2'),
         ],
     )
     def test_bad_content(self, content, text):
@@ -315,11 +321,6 @@ class TestDropIn:
         assert load(opt)[1][0].startswith('train.cl_op = ')
         opt['network_t'] = {**EDSR, 'allow_random': True}
         assert 'train.cl_op = ' in message(write(opt)) and "did you mean 'cl_opt'?" in message(write(opt))
-
-    def test_swinir_keeps_its_window(self):
-        swinir = {'type': 'SwinIR', 'upscale': 4, 'window_size': 8, 'upsampler': 'pixelshuffle'}
-        opt = self.opt(model_type='SwinIRModel', network_g=swinir, network_t={**EDSR, 'allow_random': True})
-        assert load(opt)[0]['val']['window_size'] == 8
 
     def test_other_models_and_files_stay(self):
         assert load(self.opt())[0]['model_type'] == 'SRModel'
