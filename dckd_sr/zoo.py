@@ -212,7 +212,7 @@ def get(entry, folder=None, progress=True):
             found.parent.rmdir()
         return target
     except UserError as error:
-        raise UserError(f'{error}. By hand: {entry.page}') from error
+        raise UserError(f'{error}; by hand: {entry.page}') from error
 
 
 def _convert(args):

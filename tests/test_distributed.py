@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,23 @@ def fail(self, current_iter):
 
 
 DCKDModel.optimize_parameters = fail
+"""
+RECORD = """
+import os
+from pathlib import Path
+from dckd_sr.models.dckd_model import DCKDModel
+
+rank, test = os.environ['RANK'], DCKDModel.test
+Path(f'pid_{rank}').write_text(str(os.getpid()))
+
+
+def record(self):
+    with open(f'validated_{rank}', 'a') as file:
+        file.write('x')
+    test(self)
+
+
+DCKDModel.test = record
 """
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +91,11 @@ def losses(run):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(opt):
+    Path('record.py').write_text(RECORD)
+    opt['imports'] = ['record']
     assert start(opt).wait(timeout=120) == 0, output()
+    assert [len(Path(f'validated_{rank}').read_text()) for rank in (0, 1)] == [2, 2]  # of four images
+    del opt['imports']
     opt['name'], opt['datasets']['train']['batch_size_per_gpu'] = 'single', 4
     assert train.main(['-opt', write(opt)]) == 0
     (two, two_state), (one, one_state) = content('run'), content('single')
@@ -108,15 +130,18 @@ def test_a_mistake_is_told_once_per_process_without_traceback_of_ours(opt):
     assert 'does not fit this EDSR' in output()
 
 
-def test_sigterm_to_the_group_saves_one_checkpoint_and_resumes(opt):
+def test_sigterm_to_one_rank_stops_all_at_one_iteration_and_the_run_resumes(opt):
+    Path('record.py').write_text(RECORD)
+    opt['imports'] = ['record']
     opt['train']['total_iter'], opt['logger']['save_checkpoint_freq'] = 100000, 100000
     opt['val']['val_freq'] = 100000
     process = start(opt)
     deadline = time.monotonic() + 90
     while 'iter:       3' not in output() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.kill(int(Path('pid_1').read_text()), signal.SIGTERM)
     process.wait(timeout=60)
+    del opt['imports']
     states = list(Path('experiments/run/training_states').glob('*.state'))
     assert len(states) == 1, output()
     iteration = int(states[0].stem)
@@ -128,3 +153,43 @@ def test_sigterm_to_the_group_saves_one_checkpoint_and_resumes(opt):
     assert train.main(['-opt', write(opt), '--auto_resume']) == 0
     log = '\n'.join(file.read_text() for file in Path('experiments/run').glob('train_*.log'))
     assert 'is of 2 process(es), this run has 1: it continues, but not exactly' in log
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def test_slurm_starts_them_too_and_networks_with_buffers_do_not_hang(opt):
+    """SwinIR has buffers, and without an average the trained network itself is validated (basicsr hangs there)."""
+    sizes = {'img_size': 16, 'window_size': 8, 'depths': [1], 'embed_dim': 12, 'num_heads': [2], 'mlp_ratio': 2}
+    opt['network_g'] = {'type': 'SwinIR', 'upscale': 2, 'upsampler': 'pixelshuffledirect', **sizes}
+    opt['train'].update(ema_decay=0, total_iter=2)
+    opt['val']['val_freq'] = 1
+    opt['dist_params'] = {'port': free_port()}
+    Path('scontrol').write_text(f'#!{sys.executable}\nprint("127.0.0.1\\nanother")\n')
+    Path('scontrol').chmod(0o755)
+    command = [sys.executable, '-m', 'dckd_sr.train', '-opt', write(opt), '--launcher', 'slurm']
+    slurm = {'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'node[1-2]', 'PATH': f'{Path.cwd()}:{os.environ["PATH"]}'}
+    ranks = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                **slurm,
+                'SLURM_PROCID': rank,
+                'SLURM_LOCALID': rank,
+                'OMP_NUM_THREADS': '1',
+                'PYTHONPATH': str(ROOT),
+            },
+        )
+        for rank in '01'
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], printed
+    assert printed[0].count('Validation Set') == 2 and 'Validation Set' not in printed[1]
+    assert Path('experiments/run/models/net_g_latest.pth').is_file()

@@ -277,7 +277,7 @@ def test_get_fails_in_one_line(served, capsys, name, message):
     assert zoo.main(['get', name]) == 2
     error = capsys.readouterr().err
     [line] = [line for line in error.splitlines() if line.startswith('error: ')]
-    assert message in line and line.endswith(f'By hand: {zoo.ENTRIES[name].page}')
+    assert message in line and line.endswith(f'by hand: {zoo.ENTRIES[name].page}')
     assert not [path for path in Path().rglob('*') if path.is_file()]
 
 
