@@ -516,8 +516,10 @@ CHANNEL_KEYS = {
 UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam', 'Muon')
 # Where things that option files name come from: the pages of the projects themselves.
 DATA_SOURCES = {
+    r'datasets.demo_': 'python -m dckd_sr.demo deblur (or derain), which writes it',
     r'datasets.demo': 'make demo, which writes it',
     'DIV2K': 'https://data.vision.ee.ethz.ch/cvl/DIV2K/, see datasets/README.md',
+    'GoPro|Rain13K': 'python -m dckd_sr.prepare download, see datasets/README.md',
     'DF2K|Flickr2K|Set5|Set14|B100|BSD|Urban100|Manga109': (
         'https://github.com/XPixelGroup/BasicSR/blob/master/docs/DatasetPreparation.md, see datasets/README.md'
     ),

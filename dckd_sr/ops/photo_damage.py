@@ -1,4 +1,4 @@
-"""Damage done to sharp, dry photographs, for demonstrations: motion blur of a panning camera, and rain streaks."""
+"""Damage done to sharp, dry photographs, for demonstrations: motion blur of a jolted camera, and rain streaks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 
 
 def motion_blur(image: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """Average a photograph along a nearly level, slightly bent path, as a camera that pans during the exposure does.
+    """Average a photograph over an exposure: the camera is still for half of it, then jolted along a bent path.
 
     Args:
         image: uint8 (h, w, 3).
-        rng: draws the path: 5 to 7 pixels long, up to 5 degrees from level.
+        rng: draws the path: 8 to 14 pixels long, setting out within 20 degrees from level.
 
     Returns:
         uint8 (h, w, 3).
     """
-    kernel = path_kernel(rng, rng.uniform(5, 7), math.radians(rng.uniform(-5, 5)))
-    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+    kernel = path_kernel(rng, rng.uniform(8, 14), math.radians(rng.uniform(-20, 20)))
+    moved = cv2.filter2D(image.astype(np.float64), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+    return (0.5 * image + 0.5 * moved).round().astype(np.uint8)
 
 
 def path_kernel(rng: np.random.RandomState, length: float, heading: float, bend: float = 0.03) -> np.ndarray:
-    """Weights (k, k), float64, sum 1, of a path of so many pixels that starts in a direction (radians from level).
+    """Weights (k, k), float64, sum 1, of a path of so many pixels from the centre in a direction (radians from level).
 
     ``bend`` is the standard deviation of its turns, eight a pixel, in radians.
     """
     points = 8 * math.ceil(length)
     headings = heading + np.cumsum(rng.normal(0, bend, points))
     path = np.cumsum([np.cos(headings), np.sin(headings)], axis=1) * length / points
-    path -= (path.max(axis=1, keepdims=True) + path.min(axis=1, keepdims=True)) / 2
     half = math.ceil(np.abs(path).max())
     kernel = np.zeros((2 * half + 2, 2 * half + 2))
     for x, y in (path + half).T:  # shared among the four pixels around each point

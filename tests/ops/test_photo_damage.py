@@ -16,10 +16,12 @@ def test_a_straight_path_has_its_length():
     for length in (3, 7.5, 12):
         kernel = photo_damage.path_kernel(np.random.RandomState(1), length, 0.5, bend=0)
         assert kernel.sum() == pytest.approx(1) and kernel.min() >= 0 and kernel.shape[0] % 2 == 1
-        # The variance of a uniform distribution over the length is length^2 / 12; sharing among pixels adds 1/6 an axis.
+        # The variance of a uniform distribution over the length is length^2 / 12; sharing adds 1/6 an axis.
         y, x = np.mgrid[: len(kernel), : len(kernel)]
         variance = sum((kernel * (axis - (kernel * axis).sum()) ** 2).sum() for axis in (x, y))
         assert math.sqrt(12 * variance - 4) == pytest.approx(length, abs=0.4)
+        middle = len(kernel) // 2 + length / 2 * np.array([math.cos(0.5), math.sin(0.5)])  # it sets out from the centre
+        assert [(kernel * axis).sum() for axis in (x, y)] == pytest.approx(middle, abs=0.1)
 
 
 def test_paths_bend_and_differ():
