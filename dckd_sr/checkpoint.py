@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from dckd_sr import restricted_pickle
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 
+# What is in a training state, and in its 'dckd_sr' what may be.
+_ENTRIES = {'epoch': int, 'iter': int, 'optimizers': list, 'schedulers': list}
+_OPTIONAL = {'dckd_sr': dict, 'generators': list, 'best_metric_results': dict, 'extra': dict, 'files': dict}
+_OPTIONAL.update(options=str, failures=int)
 BARE = 'bare weights'
 _KEYS = ('params_ema', 'params', 'state_dict')
 # SwinIR stores constants that depend on the training patch; its forward computes them for any other size.
@@ -74,7 +79,9 @@ def _read(path):
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f'{path} cannot be read as safetensors: {_first_line(error)}') from error
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of foreign pickles, which are refused here
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:  # on damaged files torch raises whatever its parts raise
         return restricted_pickle.load(path)
 
@@ -291,15 +298,18 @@ def _plain(value):
     return value.item() if hasattr(value, 'item') and not isinstance(value, torch.Tensor) else value
 
 
-def prune(opt, keep, best=()):
-    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first."""
+def prune(opt, keep, current_iter, best=()):
+    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first.
+
+    Those after ``current_iter`` neither count nor go: the run began before them, because they are damaged.
+    """
     models, states = Path(opt['path']['models']), Path(opt['path']['training_states'])
     files = {}
     for file in [*states.glob('*.state'), *models.glob('net_*')]:
         found = re.fullmatch(r'(?:net_.+_)?(\d+)\.(?:state|pth|safetensors)', file.name)
         if found:
             files.setdefault(int(found.group(1)), []).append(file)
-    for iteration in sorted(files)[:-keep]:
+    for iteration in sorted(number for number in files if number <= current_iter)[:-keep]:
         for file in files[iteration] if iteration not in best else ():
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -342,17 +352,25 @@ def find_state(opt):
 def _read_state(path, opt):
     _check_records(path)
     state = _read(path)
-    lacking = [
-        key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if not isinstance(state, dict) or key not in state
-    ]
-    if lacking:
-        raise UserError(f'{path} is not a training state: it lacks {", ".join(lacking)}')
+    _check_entries(state, _ENTRIES, path)
+    _check_entries(state.get('dckd_sr') or {}, {}, path)
     folder, named = _models_folder(path, opt), (state.get('dckd_sr') or {}).get('files') or {}
-    for name, (size, sha256) in named.items():
-        _check_file(folder / name, size, sha256)
+    for name, written in named.items():
+        if not isinstance(written, (list, tuple)) or len(written) != 2:
+            raise UserError(f'{path} is not a training state: it holds no size and checksum of {name}')
+        _check_file(folder / str(name), *written)
     for name in trained_networks(opt) if not named else ():
         read_weights(folder / f'net_{name}_{state["iter"]}.pth', 'params')
     return state
+
+
+def _check_entries(state, needed, path):
+    lacking = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if lacking:
+        raise UserError(f'{path} is not a training state: it lacks {", ".join(lacking)}')
+    for key, kind in {**needed, **_OPTIONAL}.items():
+        if key in state and not isinstance(state[key], kind):
+            raise UserError(f'{path} is not a training state: its {key} is a {type(state[key]).__name__}')
 
 
 def _check_records(path):
@@ -408,7 +426,10 @@ def resume(model, opt, state, path):
                 load_network(model.get_bare_model(module), plain)
             elif module is not None:
                 load_network(model.get_bare_model(module), file, True, key)
-    model.resume_training(state)
+    try:
+        model.resume_training(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'{path} does not fit this run: {reason(error)}') from error
 
 
 def restore_state(model, state):
@@ -439,6 +460,8 @@ def restore_state(model, state):
         )
     else:
         _restore_generators(generators[rank], model.device)
+    if hasattr(model, 'queue_size'):
+        logger.warning('The pool of training pairs of Real-ESRGAN starts empty: the run continues, but not exactly.')
     if ours.get('best_metric_results'):
         model.best_metric_results = ours['best_metric_results']
     if hasattr(model, 'load_extra_state'):

@@ -41,9 +41,11 @@ def apply():
     name_registry_entries()
     repair_devices()
     repair_optimizers()
+    repair_schedulers()
     repair_ema()
     repair_logs()
     repair_checkpoints()
+    repair_weight_files()
     repair_validation()
     _applied = True
 
@@ -193,6 +195,31 @@ def repair_optimizers():
     BaseModel.get_optimizer = get_optimizer
 
 
+def repair_schedulers():
+    """base_model.py:119 knows three schedules and takes ``type`` out of the options.
+
+    Schedules that continue from the last rate would take the warm-up's, which :178 writes over theirs, for it.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    from dckd_sr.ops.schedulers import SCHEDULERS
+
+    warm_up = BaseModel.update_learning_rate
+
+    def setup_schedulers(self):
+        options = dict(self.opt['train']['scheduler'])
+        cls = SCHEDULERS[options.pop('type')]
+        self.schedulers.extend(cls(optimizer, **options) for optimizer in self.optimizers)
+
+    def update_learning_rate(self, current_iter, warmup_iter=-1):
+        if 1 < current_iter <= warmup_iter:
+            self._set_lr([scheduler.get_last_lr() for scheduler in self.schedulers])
+        warm_up(self, current_iter, warmup_iter)
+
+    BaseModel.setup_schedulers = setup_schedulers
+    BaseModel.update_learning_rate = update_learning_rate
+
+
 def repair_ema():
     """base_model.py:75-82 leaves the buffers of the averaged network at their initial values."""
     from basicsr.models.base_model import BaseModel
@@ -270,6 +297,27 @@ def repair_checkpoints():
     BaseModel.resume_training = resume_training
 
 
+def repair_weight_files():
+    """vgg_arch.py:105 and the networks that load files of their own unpickle them, before torch 2.6 without limits."""
+    import torch
+
+    for name in ('basicvsr_arch', 'dfdnet_arch', 'spynet_arch', 'tof_arch', 'vgg_arch'):
+        importlib.import_module(f'basicsr.archs.{name}').torch = _WeightsOnly(torch)
+
+
+class _WeightsOnly:
+    """torch, for modules whose calls of torch.load are to read tensors and nothing else."""
+
+    def __init__(self, torch):
+        self._torch = torch
+
+    def __getattr__(self, name):
+        return getattr(self._torch, name)
+
+    def load(self, *args, **kwargs):
+        return self._torch.load(*args, **{**kwargs, 'weights_only': True})
+
+
 def repair_validation():
     """sr_model.py:130-197: scores an image without ground truth against the previous one's, crashes on an empty set,
     empties the CUDA cache per image, and hangs when a network with buffers is wrapped for several processes;
@@ -280,19 +328,15 @@ def repair_validation():
     from basicsr.models.swinir_model import SwinIRModel
 
     from dckd_sr import evaluation
-    from dckd_sr.inference import infer
+    from dckd_sr.inference import VAL_KEYS, infer
 
     @torch.no_grad()
     def test(self):
         net = getattr(self, 'net_g_ema', None) or self.get_bare_model(self.net_g)
         val = self.opt.get('val') or {}
-        window = val.get('window_size')
-        if window is None and isinstance(self, SwinIRModel):
-            window = self.opt['network_g']['window_size']
         training = net.training
         net.eval()
-        tiles = {key: val.get(key) for key in ('tile_size', 'tile_overlap')}
-        self.output = infer(net, self.lq, self.opt.get('scale', 1), window_size=window, **tiles)
+        self.output = infer(net, self.lq, self.opt.get('scale', 1), **{key: val.get(key) for key in VAL_KEYS})
         net.train(training)
 
     def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):

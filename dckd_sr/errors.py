@@ -1,6 +1,7 @@
 """The one error that users see, and the helper that finds what they meant."""
 
 import difflib
+import re
 
 
 class UserError(Exception):
@@ -14,3 +15,18 @@ def nearest(name, candidates):
     """Return ``" (did you mean 'x'?)"`` for the candidate closest to name, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ''
+
+
+def reason(error):
+    """An exception of another library in one line."""
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+        return text if ' ' in text else f'there is no {text!r}'
+    # BasicSR raises sentences in pieces.
+    pieces = len(error.args) > 1 and all(isinstance(arg, str) for arg in error.args)
+    text = (''.join(error.args) if pieces else str(error)).strip().partition('\n')[0]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        size = re.search(r'\d+ bytes', text)
+        return f'not enough memory{f" for {size.group()}" if size else ""}'
+    plain = isinstance(error, (AssertionError, OSError, RuntimeError, TypeError, ValueError)) and text
+    return text if plain else f'{type(error).__name__}: {text}'.rstrip(': ')

@@ -139,6 +139,7 @@ def evaluate(
     window_size: int | None = None,
     tile_size: int | None = None,
     tile_overlap: int | None = None,
+    self_ensemble: bool = False,
     save_dir: str | os.PathLike | None = None,
     suffix: str = '',
     progress: bool = False,
@@ -150,7 +151,7 @@ def evaluate(
         loader: batches of one image: 'lq' (1, C, h, w) in [0, 1], 'lq_path' and, for metrics that compare, 'gt'.
         scale: output size over input size.
         metrics: as for ``score``; may be empty.
-        window_size, tile_size, tile_overlap: see ``inference.infer``; not used by bicubic.
+        window_size, tile_size, tile_overlap, self_ensemble: see ``inference.infer``; not used by bicubic.
         save_dir: where the outputs go as ``<image><suffix>.png``; None saves nothing.
         progress: show a bar, on a terminal only.
 
@@ -159,7 +160,12 @@ def evaluate(
             cannot be written.
     """
     device = torch.device(device)
-    options = {'window_size': window_size, 'tile_size': tile_size, 'tile_overlap': tile_overlap}
+    options = {
+        'window_size': window_size,
+        'tile_size': tile_size,
+        'tile_overlap': tile_overlap,
+        'self_ensemble': self_ensemble,
+    }
     if isinstance(net, Bicubic):
         options = {}  # enlarged whole: padding and tiles would change its borders
 

@@ -3,12 +3,15 @@
 basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_logger: one early call loses the file.
 """
 
+import contextlib
 import logging
 import logging.handlers
 
 from basicsr.utils import logger as basicsr_logger
 from basicsr.utils.dist_util import get_dist_info
 from tqdm import tqdm
+
+from dckd_sr.errors import UserError, reason
 
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s: %(message)s')
 
@@ -60,3 +63,22 @@ def start(log_file=None, bar=False):
     logger.propagate = False
     basicsr_logger.initialized_logger['basicsr'] = True
     return logger
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Around calls that networks, losses and metrics may refuse for reasons that no check of options sees.
+
+    Args:
+        what: what is being done, for the message.
+
+    Raises:
+        UserError: whatever else was raised inside, in one line; the log file gets the traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        logging.getLogger('basicsr').error(f'{what} failed.', exc_info=True, extra=FILE_ONLY)
+        raise UserError(f'{what}: {reason(error)}') from error

@@ -25,7 +25,10 @@ def compare(state, text):
     saved = (state.get('dckd_sr') or {}).get('options')
     if not saved:
         return []
-    old, new = dict(_flat(safe_yaml.parse(saved))), dict(_flat(safe_yaml.parse(text)))
+    former = safe_yaml.parse(saved)
+    if not isinstance(former, dict):
+        raise UserError('the options in the training state are no options')
+    old, new = dict(_flat(former)), dict(_flat(safe_yaml.parse(text)))
     changes, wrong = [], []
     for key in [*new, *(key for key in old if key not in new)]:
         if old.get(key) != new.get(key) and not _is_in(key, _NOT_COMPARED):

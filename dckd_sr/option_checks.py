@@ -646,7 +646,7 @@ def check_val(report, opt):
     for name, block in (val.get('metrics') or {}).items():
         where, types = f'val.metrics.{name}', known_types(METRIC_REGISTRY)
         check_block(report, where, block, types, 'metric', filled=('img', 'img2'), also=('better',))
-    if val.get('tile_overlap') is not None and val['tile_overlap'] >= val.get('tile_size', 0):
+    if val.get('tile_overlap') is not None and val['tile_overlap'] >= (val.get('tile_size') or 0):
         report.error('val.tile_overlap', 'expected less than val.tile_size', val['tile_overlap'])
 
 
@@ -750,12 +750,15 @@ def check_patch(report, where, size, opt):
     if size % scale:
         report.error(where, f'expected a multiple of scale = {scale}', size)
     if opt['model_type'] == 'VQGANModel':
-        ch_mult = ((opt.get('network_g') or {}).get('ddconfig') or {}).get('ch_mult', [])
+        ddconfig = (opt.get('network_g') or {}).get('ddconfig')
+        ch_mult = ddconfig.get('ch_mult') if isinstance(ddconfig, dict) else None
         factor = 2 ** max(len(ch_mult) - 1, 0) if isinstance(ch_mult, list) else 1
         if size % factor:
             report.error(where, f'expected a multiple of {factor}, by which network_g reduces images', size)
     for name in ('network_g', 'network_t'):
-        network = opt.get(name) or {}
+        network = opt.get(name)
+        if not isinstance(network, dict):
+            continue  # missing, or no key of this model
         cls = known_types(ARCH_REGISTRY).get(bare(network.get('type')))
         window = argument(cls, network, ('window_size',))[1] if cls else None
         if isinstance(window, int) and window > 0 and size % (scale * window):

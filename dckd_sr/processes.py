@@ -1,5 +1,6 @@
 """Several processes, by torch.distributed: joining them, agreeing between them, and the signals that end them."""
 
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -128,16 +129,21 @@ class Signals:
         return {signal.SIGINT: 130, signal.SIGTERM: 143}.get(self.received, 0)
 
 
-def ignore_signals():
-    """In a loader worker: signals to the whole group are the main process's to answer.
+def init_worker():
+    """In a loader worker: signals to the whole group are the main process's to answer, which then ends its workers.
 
-    It ends its workers by another way, and by SIGTERM if they do not go: the second SIGTERM is obeyed.
+    One that is stuck, in a lock that a killed process held, goes half a minute after SIGTERM; a worker whose main
+    process was killed goes at once.
     """
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'setitimer'):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.setitimer(signal.ITIMER_REAL, 30))
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
-    def once(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, once)
+def end_with_parent():
+    """Wait for the main process of a worker to end, and end with it: nobody would give it work again, or stop it."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -109,7 +109,9 @@ def _read(path, with_data=True):
                 file.seek(0)
                 return _read_stream(file, with_data)
             raise UserError(f'{path} is no PyTorch checkpoint')
-    except (_Refused, zipfile.BadZipFile, EOFError) as error:
+    except zipfile.BadZipFile as error:
+        raise UserError(f'{path} cannot be read, it is truncated or damaged: {error}') from error
+    except (_Refused, EOFError) as error:
         raise UserError(f'{path} cannot be read: {error or "it ends too early"}') from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror or error}') from error

@@ -25,8 +25,9 @@ from basicsr.utils.options import dict2str
 
 from dckd_sr import checkpoint, logs, options
 from dckd_sr.data import build_val_loader
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 from dckd_sr.evaluation import bicubic, evaluate, format_table, format_value, write_results
+from dckd_sr.inference import VAL_KEYS
 
 
 def main(argv=None):
@@ -59,6 +60,7 @@ def parser():
     baseline.add_argument('--bicubic', action='store_true', help="add bicubic's row, the default where scale > 1")
     baseline.add_argument('--no_bicubic', action='store_true', help="leave bicubic's row out")
     result.add_argument('--save_img', action='store_true', help='save the images, as val.save_img: true does')
+    result.add_argument('--self_ensemble', action='store_true', help='as val.self_ensemble: mean over 8 orientations')
     result.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: a GPU if there is one and num_gpu is not 0')
     return result
 
@@ -68,7 +70,7 @@ def test(opt, args, notes=()):
 
     Args:
         opt: see `options.parse`; reads datasets, network_g, network_t, path, val, scale, num_gpu, name.
-        args: with_teacher, bicubic, no_bicubic, save_img, device, see `parser`.
+        args: with_teacher, bicubic, no_bicubic, save_img, self_ensemble, device, see `parser`.
         notes: warnings for the log.
 
     Returns:
@@ -79,7 +81,8 @@ def test(opt, args, notes=()):
     device = _device(args.device, opt)
     found, missing = _split_sets(opt['datasets'])
     if not found:
-        raise UserError('\n'.join(['there is no set to test on:', *(f'  {line}' for line in missing.values())]))
+        separator = ': ' if len(missing) == 1 else '\n  '
+        raise UserError(separator.join(['there is no set to test on', *missing.values()]))
     # One line per skipped set is enough.
     skipped = tuple(f'datasets.{key}.' for key in missing)
     notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
@@ -98,26 +101,27 @@ def test(opt, args, notes=()):
 
     val, scale = opt.get('val') or {}, opt.get('scale', 1)
     metrics, save_img = val.get('metrics') or {}, args.save_img or val.get('save_img', False)
+    sizes = {key: val.get(key) for key in VAL_KEYS}
+    sizes['self_ensemble'] = args.self_ensemble or val.get('self_ensemble', False)
     if not metrics and not save_img:
         logger.warning('val.metrics is empty and no image is saved: set val.metrics or pass --save_img')
     results = {}
-    for network, (net, window_size, suffix) in networks.items():
+    for network, (net, suffix) in networks.items():
         results[network] = {}
         for key, loader in loaders.items():
             set_name = opt['datasets'][key].get('name', key)
-            result = evaluate(
-                net,
-                loader,
-                scale=scale,
-                metrics=metrics,
-                device=device,
-                window_size=window_size,
-                tile_size=val.get('tile_size'),
-                tile_overlap=val.get('tile_overlap'),
-                save_dir=Path(opt['path']['visualization']) / set_name if save_img else None,
-                suffix=suffix,
-                progress=True,
-            )
+            with logs.explained(f'{network} on {set_name}'):
+                result = evaluate(
+                    net,
+                    loader,
+                    scale=scale,
+                    metrics=metrics,
+                    device=device,
+                    **sizes,
+                    save_dir=Path(opt['path']['visualization']) / set_name if save_img else None,
+                    suffix=suffix,
+                    progress=True,
+                )
             results[network][set_name] = result
             scores = [f'{name} {format_value(name, value)}' for name, value in result.means.items()]
             seconds = sum(row['seconds'] for row in result.rows) / len(result.rows)
@@ -127,7 +131,7 @@ def test(opt, args, notes=()):
             for note in result.notes:
                 logger.warning(f'{network} on {set_name}: {note}')
 
-    paths = write_results(root, results, _about(opt, results, metrics, missing))
+    paths = write_results(root, results, _about(opt, results, metrics, missing, sizes))
     logger.info('Results:\n' + format_table(results))
     logger.info(f'Written to {root}: ' + ', '.join(path.name for path in paths))
     if save_img:
@@ -142,7 +146,8 @@ def _device(name, opt):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from error
+        count = torch.cuda.device_count()
+        raise UserError(f'--device {name}: not usable here, where {count} GPUs are: {reason(error)}') from error
 
 
 def _split_sets(datasets):
@@ -159,25 +164,24 @@ def _split_sets(datasets):
             found.append(key)
         else:
             # GT and LQ of a set come from the same place: that is said once.
-            reason = '; '.join(dict.fromkeys(datasets[key]['missing'].split('; ')))
-            missing[key] = f'{datasets[key].get("name", key)} is skipped: {reason}'
+            why = '; '.join(dict.fromkeys(datasets[key]['missing'].split('; ')))
+            missing[key] = f'{datasets[key].get("name", key)} is skipped: {why}'
     return found, missing
 
 
 def _networks(opt, args, device):
-    """label -> (network, window size, suffix of its images), in the table's order."""
+    """label -> (network, suffix of its images), in the table's order."""
     networks, val = {}, opt.get('val') or {}
     suffix = f'_{val.get("suffix") or opt["name"]}'  # BasicSR's
     scale = opt.get('scale', 1)
     if args.bicubic and scale == 1:
         raise UserError('--bicubic: scale is 1, there is nothing to enlarge')
     if scale > 1 and not args.no_bicubic:
-        networks['bicubic'] = bicubic(scale), None, f'{suffix}_bicubic'
+        networks['bicubic'] = bicubic(scale), f'{suffix}_bicubic'
     labels = {'g': ('student', suffix), 't': ('teacher', f'{suffix}_teacher')}
     for letter in ('g', 't') if args.with_teacher else ('g',):
         label, ending = labels[letter]
-        net = _network(opt, letter).to(device)
-        networks[label] = net, val.get('window_size') or opt[f'network_{letter}'].get('window_size'), ending
+        networks[label] = _network(opt, letter).to(device), ending
     return networks
 
 
@@ -186,34 +190,44 @@ def _network(opt, letter):
     network_opt, path_opt = opt.get(f'network_{letter}'), opt.get('path') or {}
     if not network_opt:
         raise UserError(f'network_{letter} is missing' + (', --with_teacher needs it' if letter == 't' else ''))
-    path = path_opt.get(f'pretrain_network_{letter}')
+    path, key = path_opt.get(f'pretrain_network_{letter}'), f'path.pretrain_network_{letter}'
+    in_block = path is None and network_opt.get('type') == 'spandrel'  # built with the weights of its own path
+    if in_block:
+        path, key = network_opt.get('path'), f'network_{letter}.path'
     if path is None:
         hint = ''
         trained = Path('experiments') / opt['name'] / 'models' / 'net_g_latest.pth'
         if letter == 'g' and trained.is_file():
             hint = f'; add --force_yml path:pretrain_network_g={trained}'
-        raise UserError(f'path.pretrain_network_{letter} is not set: there are no weights to test{hint}')
+        raise UserError(f'{key} is not set: there are no weights to test{hint}')
     report = options.Report()
-    if not options.check_file(report, f'path.pretrain_network_{letter}', path):
+    if not options.check_file(report, key, path):
         raise options.OptionError(report.problems)
     network_opt = {key: value for key, value in deepcopy(network_opt).items() if key != 'allow_random'}
     try:
         net = build_network(network_opt)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise UserError(f'network_{letter}: {message}') from error
-    strict, key = path_opt.get(f'strict_load_{letter}', True), path_opt.get(f'param_key_{letter}')
-    checkpoint.load_network(net, path, strict, key)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'network_{letter}: {reason(error)}') from error
+    if not in_block:
+        strict, param_key = path_opt.get(f'strict_load_{letter}', True), path_opt.get(f'param_key_{letter}')
+        checkpoint.load_network(net, path, strict, param_key)
     return net.eval().requires_grad_(False)
 
 
-def _about(opt, results, metrics, missing):
+def _about(opt, results, metrics, missing, sizes):
     """Lines under the table: which weights, which protocol, which sets are not in it."""
     labels = {'student': 'g', 'teacher': 't'}
-    lines = [f'{name}: {opt["path"][f"pretrain_network_{labels[name]}"]}' for name in results if name in labels]
+    lines = []
+    for name in results:
+        if name in labels:
+            path = opt['path'].get(f'pretrain_network_{labels[name]}') or opt[f'network_{labels[name]}'].get('path')
+            lines.append(f'{name}: {path}')
     for name, metric_opt in metrics.items():
         arguments = ', '.join(f'{key} {value}' for key, value in metric_opt.items() if key != 'type')
         lines.append(f'{name}: {metric_opt["type"]}' + (f' ({arguments})' if arguments else ''))
+    lines += [f'{key}: {value}' for key, value in sizes.items() if value]
     if missing:
         lines.append('not there: ' + ', '.join(opt['datasets'][key].get('name', key) for key in missing))
     return lines

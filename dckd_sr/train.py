@@ -1,6 +1,8 @@
 """Train any BasicSR model, ours included: ``python dckd_sr/train.py -opt options/train_edsr_x4.yml``."""
 
+import contextlib
 import datetime
+import itertools
 import math
 import os
 import shutil
@@ -18,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dckd_sr import checkpoint, logs, option_changes, options, processes
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 
 try:
     import dckd_sr.models  # noqa: F401  (everything registers)
@@ -129,7 +131,8 @@ def run(model, opt, train_loader, sampler, val_loaders, start, bar, signals):
         try:
             signals.interruptible = opt['world_size'] == 1 and not signals.received
             for loader in val_loaders:
-                model.validation(loader, iteration, tb_logger, opt['val']['save_img'])
+                with logs.explained(f'validation on {loader.dataset.opt["name"]}'):
+                    model.validation(loader, iteration, tb_logger, opt['val']['save_img'])
         except processes.Stopped:
             return True
         finally:
@@ -147,9 +150,10 @@ def run(model, opt, train_loader, sampler, val_loaders, start, bar, signals):
         for micro in range(accum_iter):
             batch = next(batches)
             data_timer.record()
-            model.steps.begin(current_iter, micro)
-            model.feed_data(batch)
-            model.optimize_parameters(current_iter)
+            with logs.explained(f'iteration {current_iter}'):
+                model.steps.begin(current_iter, micro)
+                model.feed_data(batch)
+                model.optimize_parameters(current_iter)
             data_timer.start()
         iter_timer.record()
         if current_iter == start + 1:
@@ -236,7 +240,7 @@ def save(model, epoch, current_iter, opt):
     keep = opt['logger'].get('keep_checkpoints')
     if keep and opt['rank'] == 0 and current_iter > 0:
         best = {m['iter'] for metrics in getattr(model, 'best_metric_results', {}).values() for m in metrics.values()}
-        checkpoint.prune(opt, keep, best)
+        checkpoint.prune(opt, keep, current_iter, best)
     return True
 
 
@@ -250,9 +254,10 @@ def build(opt):
     """BasicSR's build_model; arguments that a network, loss or optimiser refuses are the user's, not ours."""
     try:
         return build_model(opt)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise UserError(f'{opt["model_type"]} cannot be built from these options: {message}') from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{opt["model_type"]} cannot be built from these options: {reason(error)}') from error
 
 
 def make_folders(opt, opt_file, text, keep):
@@ -262,12 +267,15 @@ def make_folders(opt, opt_file, text, keep):
         try:
             for folder in [root, Path(opt['root_path']) / 'tb_logger' / opt['name']]:
                 if folder.exists() and not keep:
-                    archived = folder.with_name(f'{folder.name}_archived_{get_time_str()}')
+                    name = f'{folder.name}_archived_{get_time_str()}'
+                    names = itertools.chain([name], (f'{name}_{number}' for number in itertools.count(2)))
+                    archived = next(path for path in map(folder.with_name, names) if not path.exists())
                     folder.rename(archived)
                     logs.logging.getLogger('basicsr').info(f'{folder} exists: moved to {archived.name}')
             for key in ('experiments_root', 'models', 'training_states', 'log', 'visualization'):
                 Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
-            shutil.copy(opt_file, root)
+            with contextlib.suppress(shutil.SameFileError):  # a run continued from its own resolved.yml
+                shutil.copy(opt_file, root)
             (root / 'resolved.yml').write_text(text, encoding='utf-8')
             checkpoint.sweep(opt)
         except OSError as error:
@@ -326,7 +334,8 @@ def _first_look(model, val_loaders, opt):
     psnr = {}
     for name, net in nets.items():
         if net is not None:
-            result = evaluate(net, [batch], scale=scale, metrics={'psnr': metric}, device=model.device, **sizes)
+            with logs.explained(f'{name} on {image}'):
+                result = evaluate(net, [batch], scale=scale, metrics={'psnr': metric}, device=model.device, **sizes)
             psnr[name] = result.means.get('psnr', math.nan)
     logs.logging.getLogger('basicsr').info(
         f'First look, PSNR of {image}: ' + ', '.join(f'{name} {value:.2f} dB' for name, value in psnr.items())

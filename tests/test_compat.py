@@ -109,7 +109,8 @@ def test_logged_losses_stay_on_the_device_until_they_are_read():
     assert base.get_current_log() == {'l_pix': 2.0}
 
 
-def test_validation_pads_and_survives_odd_cases(tmp_path):
+@pytest.mark.parametrize('model_type', ['SwinIRModel', 'SRModel'])
+def test_validation_pads_and_survives_odd_cases(tmp_path, model_type):
     """No ground truth in a batch, an empty set, an image smaller than the window's padding."""
     from basicsr.models import build_model
 
@@ -126,7 +127,7 @@ def test_validation_pads_and_survives_odd_cases(tmp_path):
         'img_range': 1.0,
     }
     opt = {
-        'model_type': 'SwinIRModel',
+        'model_type': model_type,
         'network_g': swinir,
         'scale': 2,
         'num_gpu': 0,
@@ -153,5 +154,8 @@ def test_validation_pads_and_survives_odd_cases(tmp_path):
     net.nondist_validation(Loader([with_gt, without_gt]), 2, None, True)
     assert net.metric_results['psnr'] == alone
     assert sorted(p.name for p in (tmp_path / 'set').iterdir()) == ['a_n.png', 'b_n.png']
+    net.opt['val']['self_ensemble'] = True
+    net.nondist_validation(Loader([with_gt]), 3, None, False)
+    assert net.metric_results['psnr'] != alone
     with pytest.raises(UserError, match='no images'):
-        net.nondist_validation(Loader([]), 3, None, False)
+        net.nondist_validation(Loader([]), 4, None, False)

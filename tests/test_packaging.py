@@ -23,7 +23,7 @@ from dckd_sr.losses.distribution_loss import DistributionMappingLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-MODULES = {'cv2': 'opencv-python', 'skimage': 'scikit-image', 'yaml': 'PyYAML'}  # module -> package, where they differ
+MODULES = {'PIL': 'pillow', 'cv2': 'opencv-python', 'skimage': 'scikit-image', 'yaml': 'PyYAML'}  # module -> package
 FORMER = {'python_version': '3.9', 'python_full_version': '3.9.18'}
 CURRENT = {'python_version': '3.11', 'python_full_version': '3.11.7'}
 
@@ -120,6 +120,23 @@ def test_packages_and_scripts(setup_arguments):
         module, _, function = target.partition(':')
         assert callable(getattr(importlib.import_module(module), function))
         assert name in {'dckd-train', 'dckd-test'}
+
+
+def test_a_wheel_carries_option_files_and_the_demo(tmp_path):
+    """The build step that a wheel is made of; a build for -e leaves them out."""
+    for folder in ('options', 'experiments/pretrained_models/demo'):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / 'dckd_sr').mkdir()
+    for name in ('setup.py', 'README.md', 'dckd_sr/__init__.py'):
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'built']
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    shipped = tmp_path / 'built' / 'dckd_sr' / 'shipped'
+    found = {file.relative_to(shipped).as_posix() for file in shipped.rglob('*') if file.is_file()}
+    wanted = [*(ROOT / 'options').rglob('*.yml'), *(ROOT / 'experiments/pretrained_models/demo').iterdir()]
+    assert found == {file.relative_to(ROOT).as_posix() for file in wanted} and 'options/train_edsr_x4.yml' in found
+    manifest = (ROOT / 'MANIFEST.in').read_text(encoding='utf-8')  # so that a source archive can build that wheel
+    assert {line.split()[1] for line in manifest.splitlines()} == {'options', 'experiments/pretrained_models/demo'}
 
 
 @pytest.mark.skipif(shutil.which('git') is None or not (ROOT / '.git').exists(), reason='not a git clone')

@@ -277,6 +277,17 @@ def test_keep_checkpoints_keeps_the_last_and_the_best(opt):
     assert names == {'net_g_latest.pth', *(f'net_g_{n}.pth' for n in kept)}
 
 
+def test_damaged_checkpoints_are_not_those_that_are_kept(opt):
+    opt['logger']['save_checkpoint_freq'], opt['train']['total_iter'], opt['val']['val_freq'] = 2, 4, 100
+    assert train.main(['-opt', write(opt)]) == 0
+    opt['logger']['keep_checkpoints'] = 1
+    folder = Path('experiments/run/training_states')
+    (folder / '4.state').rename(folder / '8.state')  # a later one, damaged
+    (folder / '8.state').write_bytes(b'')
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ['4.state', '8.state']
+
+
 def test_safetensors_hold_the_same(opt, monkeypatch):
     from safetensors.torch import load_file
 

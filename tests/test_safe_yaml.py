@@ -79,3 +79,16 @@ def test_dump_and_parse_are_inverse():
     value = {'b': 1e-7, 'a': [1, None, True, '1e-4', 'é', '~', 'on', '{}x4'], 'c': {}}
     text = safe_yaml.dump(value)
     assert safe_yaml.parse(text) == value and list(safe_yaml.parse(text)) == ['b', 'a', 'c']
+
+
+def test_a_text_of_too_many_levels_or_values_does_not_end_the_process():
+    assert safe_yaml.is_yaml('[' * 100000)
+    for text, expected in (('[' * 100000, 'more than 100 levels'), ('a: &a [1, 2]\nb: &b [*a, *a]\n', None)):
+        if expected is None:
+            assert safe_yaml.parse(text)['b'] == [[1, 2], [1, 2]]
+        else:
+            with pytest.raises(safe_yaml.YAMLError, match=expected):
+                safe_yaml.parse(text)
+    bomb = 'a0: &a0 [1, 1]\n' + ''.join(f'a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n' for n in range(1, 30))
+    with pytest.raises(safe_yaml.YAMLError, match='more than 100000 values'):
+        safe_yaml.parse(bomb)

@@ -239,6 +239,20 @@ def test_windows_are_padded(opt):
     assert run(opt) == 0  # 25x21 pixels are no multiple of 8
 
 
+def test_self_ensemble_and_tiles(opt):
+    opt['datasets'].pop('test_2')
+    assert run(opt) == 0
+    plain = means()[0]
+    assert run(opt, '--self_ensemble') == 0
+    ensemble = means()[0]
+    assert plain['bicubic'] == ensemble['bicubic'] and plain['student'] != ensemble['student']
+    assert 'self_ensemble: True' in Path('results/run/results.md').read_text()
+    opt['val'].update(self_ensemble=True, tile_size=30, tile_overlap=20)
+    assert run(opt) == 0
+    assert means()[0]['student']['Photos'] == pytest.approx(ensemble['student']['Photos'], rel=1e-3)
+    assert 'tile_overlap: 20' in Path('results/run/results.md').read_text()
+
+
 def test_scale_1_has_no_bicubic_row(opt, capsys):
     opt['datasets'].pop('test_2')
     opt['datasets']['test_1'].update(dataroot_lq='Photos/HR', filename_tmpl='{}')

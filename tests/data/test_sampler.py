@@ -68,7 +68,9 @@ def test_micro_batches_and_processes_share_the_global_batch():
     assert TrainSampler(24, 2, 3, 0, 2, accum_iter=2).iterations_per_epoch == 2
 
 
-@pytest.mark.parametrize('changed', [{'length': 0}, {'stages': 0}, {'stages': []}, {'accum_iter': 0}, {'rank': 2}, {'enlarge_ratio': 0}])
+@pytest.mark.parametrize(
+    'changed', [{'length': 0}, {'stages': 0}, {'stages': []}, {'accum_iter': 0}, {'rank': 2}, {'enlarge_ratio': 0}]
+)
 def test_senseless_numbers(changed):
     with pytest.raises(ValueError, match='length'):
         TrainSampler(**{'length': 5, 'stages': 2, 'world_size': 2, 'rank': 0, 'seed': 0, **changed})
