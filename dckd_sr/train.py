@@ -67,6 +67,23 @@ def train(opt, args, notes=()):
         exit code, see `main`.
     """
     processes.start(opt, args.launcher)
+    with processes.Signals() as signals:
+        try:
+            signals.interruptible = True
+            prepared = prepare(opt, args, notes)
+            signals.interruptible = False
+        except processes.Stopped:
+            print('stopped before the first iteration: there is nothing to save', file=sys.stderr)
+            return signals.exit_code
+        return run(opt, *prepared, signals)
+
+
+def prepare(opt, args, notes):
+    """Everything before the first iteration: state, data, model, first look, folders, log.
+
+    Returns:
+        what `run` needs, in its order.
+    """
     set_random_seed(opt['manual_seed'])  # networks start equal on all ranks
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
@@ -104,11 +121,10 @@ def train(opt, args, notes=()):
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')
     model.run_state = {'options': text, 'failures': ((state or {}).get('dckd_sr') or {}).get('failures', 0)}
-    with processes.Signals() as signals:
-        return run(model, opt, train_loader, sampler, val_loaders, start, bar, signals)
+    return model, train_loader, sampler, val_loaders, start, bar
 
 
-def run(model, opt, train_loader, sampler, val_loaders, start, bar, signals):
+def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
     """The training loop, from the iteration after ``start`` to the last, or to a signal.
 
     Returns:

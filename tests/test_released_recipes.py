@@ -1,7 +1,7 @@
 """The option files of NAFNet and Restormer, with paths, io_backend and counts overridden and networks shrunk.
 
-Their keys are those of megvii-research/NAFNet, options/{train,test}/{GoPro,REDS,SIDD}/NAFNet-width{32,64}.yml, and of
-swz30/Restormer, {Deraining,Motion_Deblurring,Defocus_Deblurring,Denoising}/Options/*.yml.
+Their keys are those of megvii-research/NAFNet, options/{train,test}/{GoPro,REDS,SIDD}/{NAFNet,Baseline}-width*.yml, and
+of swz30/Restormer, {Deraining,Motion_Deblurring,Defocus_Deblurring,Denoising}/Options/*.yml.
 """
 
 import copy
@@ -25,13 +25,13 @@ def metric(name, on_y=False):
     return {'type': f'calculate_{name}', 'crop_border': 0, 'test_y_channel': on_y}
 
 
-def nafnet(task, width, total, decay):
-    """NAFNet's training files."""
+def nafnet(task, width, total, decay, network='NAFNet', **arguments):
+    """NAFNet's training files, and Baseline's."""
     sidd = task == 'SIDD'
     data = {'type': 'PairedImageDataset', 'io_backend': {'type': 'lmdb'}}
     numbers = ([2, 2, 4, 8], 12, [2, 2, 2, 2]) if sidd else ([1, 1, 1, 28], 1, [1, 1, 1, 1])
     return {
-        'name': f'NAFNet-{task}-width{width}',
+        'name': f'{network}-{task}-width{width}',
         'model_type': 'ImageRestorationModel',
         'scale': 1,
         'num_gpu': 8,
@@ -60,8 +60,9 @@ def nafnet(task, width, total, decay):
             },
         },
         'network_g': {
-            'type': 'NAFNet' if sidd else 'NAFNetLocal',
+            'type': network if sidd else f'{network}Local',
             'width': width,
+            **arguments,
             **dict(zip(('enc_blk_nums', 'middle_blk_num', 'dec_blk_nums'), numbers)),
         },
         'path': {'pretrain_network_g': None, 'strict_load_g': True, 'resume_state': None},
@@ -170,6 +171,8 @@ NAFNET = {
     'reds-64': nafnet('REDS', 64, 400000, 1e-3),
     'sidd-32': nafnet('SIDD', 32, 200000, 0.0),
     'sidd-64': nafnet('SIDD', 64, 400000, 0.0),
+    'baseline-gopro-32': nafnet('GoPro', 32, 200000, 1e-3, 'Baseline', dw_expand=1, ffn_expand=2),
+    'baseline-sidd-32': nafnet('SIDD', 32, 200000, 0.0, 'Baseline', dw_expand=1, ffn_expand=2),
 }
 RESTORMER = {
     'deraining': restormer('Deraining', on_y=True),
@@ -190,6 +193,7 @@ RESTORMER = {
 RELEASED = {**NAFNET, **RESTORMER}
 SMALL = {
     'NAFNet': {'width': 4, 'enc_blk_nums': [1, 1], 'middle_blk_num': 1, 'dec_blk_nums': [1, 1]},
+    'Baseline': {'width': 4, 'enc_blk_nums': [1, 1], 'middle_blk_num': 1, 'dec_blk_nums': [1, 1]},
     'Restormer': {'dim': 8, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'heads': [1, 1, 1, 1]},
 }
 COUNTS = {

@@ -165,6 +165,13 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(opt, number, code, mo
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # put back
 
 
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_signals_before_the_first_iteration_end_it_at_once(opt, number, code, monkeypatch, capfd):
+    monkeypatch.setattr(train, 'build', lambda opt: os.kill(os.getpid(), number))
+    assert train.main(['-opt', write(opt)]) == code
+    assert 'nothing to save' in capfd.readouterr().err and not Path('experiments').exists()
+
+
 def test_a_second_sigint_leaves_at_once_with_the_checkpoint_intact(opt, monkeypatch):
     opt['logger']['save_checkpoint_freq'] = 2
     original = DCKDModel.optimize_parameters

@@ -1,8 +1,10 @@
-"""NAFNet: restoration without activation functions (Chen et al., Simple Baselines for Image Restoration, ECCV 2022).
+"""NAFNet, restoration without activation functions, and the `Baseline` that it came from (Chen et al., Simple Baselines
+for Image Restoration, ECCV 2022).
 
-`NAFNetLocal` is the same network tested with local statistics (Chu et al., Improving Image Restoration by Revisiting
-Global Information Aggregation, ECCV 2022). Parameter names and shapes are those of megvii-research/NAFNet, so that its
-public checkpoints fit. What differs: normalisation uses PyTorch's fused kernel; box means are separable running sums.
+`NAFNetLocal` and `BaselineLocal` are the same networks tested with local statistics (Chu et al., Improving Image
+Restoration by Revisiting Global Information Aggregation, ECCV 2022). Parameter names and shapes are those of
+megvii-research/NAFNet, so that its public checkpoints fit. What differs: normalisation uses PyTorch's fused kernel; box
+means are separable running sums.
 """
 
 from __future__ import annotations
@@ -85,6 +87,37 @@ class Block(nn.Module):
         return x + self.conv5(_gate(self.conv4(self.norm2(x)))) * self.gamma
 
 
+class BaselineBlock(nn.Module):
+    """The block before its activations were taken out: GELU, and squeeze and excitation as channel attention.
+
+    Args:
+        channels: of input and output.
+        pool: module that gives the statistics of the channel attention.
+        dw_expand, ffn_expand: channels inside the two halves, as multiples of ``channels``.
+    """
+
+    def __init__(self, channels, pool, dw_expand=1, ffn_expand=2):
+        super().__init__()
+        wide, deep = channels * dw_expand, channels * ffn_expand
+        self.norm1 = Norm(channels)
+        self.conv1 = nn.Conv2d(channels, wide, 1)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.se = nn.Sequential(
+            pool, nn.Conv2d(wide, wide // 2, 1), nn.ReLU(), nn.Conv2d(wide // 2, wide, 1), nn.Sigmoid()
+        )
+        self.conv3 = nn.Conv2d(wide, channels, 1)
+        self.norm2 = Norm(channels)
+        self.conv4 = nn.Conv2d(channels, deep, 1)
+        self.conv5 = nn.Conv2d(deep, channels, 1)
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x):
+        h = F.gelu(self.conv2(self.conv1(self.norm1(x))))
+        x = x + self.conv3(h * self.se(h)) * self.beta
+        return x + self.conv5(F.gelu(self.conv4(self.norm2(x)))) * self.gamma
+
+
 def _gate(x):
     a, b = x.chunk(2, 1)
     return a * b
@@ -108,13 +141,14 @@ class NAFNet(nn.Module):
         super().__init__()
         if len(enc_blk_nums) != len(dec_blk_nums):
             raise UserError(
-                f'NAFNet: enc_blk_nums {list(enc_blk_nums)} and dec_blk_nums {list(dec_blk_nums)} must be equally long'
+                f'{type(self).__name__}: enc_blk_nums {list(enc_blk_nums)} and dec_blk_nums {list(dec_blk_nums)} must '
+                'be equally long'
             )
         levels = len(enc_blk_nums)
         self.padder_size = 2**levels  # official name; tiles start at multiples of it
 
         def blocks(count, level):
-            return nn.Sequential(*(Block(width * 2**level, self._pool(level)) for _ in range(count)))
+            return nn.Sequential(*(self._block(width * 2**level, level) for _ in range(count)))
 
         self.intro = nn.Conv2d(img_channel, width, 3, padding=1)
         self.encoders = nn.ModuleList(blocks(count, level) for level, count in enumerate(enc_blk_nums))
@@ -128,6 +162,9 @@ class NAFNet(nn.Module):
         )
         self.decoders = nn.ModuleList(blocks(count, levels - 1 - i) for i, count in enumerate(dec_blk_nums))
         self.ending = nn.Conv2d(width, img_channel, 3, padding=1)
+
+    def _block(self, channels, level):
+        return Block(channels, self._pool(level))
 
     def _pool(self, level):
         """What gives the channel attention its statistics where sides are halved ``level`` times."""
@@ -172,6 +209,63 @@ class NAFNetLocal(NAFNet):
         super().__init__(img_channel, width, middle_blk_num, enc_blk_nums, dec_blk_nums)
 
     def _pool(self, level):
-        # The side at this level, padded as in forward, times the ratio of window and crop, rounded as officially.
-        sides = (-(-crop // self.padder_size) * self.padder_size // 2**level for crop in self._crop)
-        return LocalMean(tuple(side * int(1.5 * crop) // crop for side, crop in zip(sides, self._crop)))
+        return _local_mean(self._crop, self.padder_size, level)
+
+
+@ARCH_REGISTRY.register()
+class Baseline(NAFNet):
+    """NAFNet with `BaselineBlock`s.
+
+    Args:
+        img_channel, width, middle_blk_num, enc_blk_nums, dec_blk_nums: see `NAFNet`.
+        dw_expand, ffn_expand: see `BaselineBlock`.
+    """
+
+    def __init__(
+        self,
+        img_channel=3,
+        width=16,
+        middle_blk_num=1,
+        enc_blk_nums=(),
+        dec_blk_nums=(),
+        dw_expand=1,
+        ffn_expand=2,
+    ):
+        self._expand = dw_expand, ffn_expand
+        super().__init__(img_channel, width, middle_blk_num, enc_blk_nums, dec_blk_nums)
+
+    def _block(self, channels, level):
+        return BaselineBlock(channels, self._pool(level), *self._expand)
+
+
+@ARCH_REGISTRY.register()
+class BaselineLocal(Baseline):
+    """`Baseline` whose channel attention sees a window around each pixel; see `NAFNetLocal`.
+
+    Args:
+        img_channel, width, middle_blk_num, enc_blk_nums, dec_blk_nums, dw_expand, ffn_expand: see `Baseline`.
+        train_size: see `NAFNetLocal`.
+    """
+
+    def __init__(
+        self,
+        img_channel=3,
+        width=16,
+        middle_blk_num=1,
+        enc_blk_nums=(),
+        dec_blk_nums=(),
+        dw_expand=1,
+        ffn_expand=2,
+        train_size=(1, 3, 256, 256),
+    ):
+        self._crop = tuple(train_size)[-2:]
+        super().__init__(img_channel, width, middle_blk_num, enc_blk_nums, dec_blk_nums, dw_expand, ffn_expand)
+
+    def _pool(self, level):
+        return _local_mean(self._crop, self.padder_size, level)
+
+
+def _local_mean(crop, multiple, level):
+    # The side at this level, padded as in forward, times the ratio of window and crop, rounded as officially.
+    sides = (-(-side // multiple) * multiple // 2**level for side in crop)
+    return LocalMean(tuple(side * int(1.5 * whole) // whole for side, whole in zip(sides, crop)))

@@ -7,7 +7,7 @@ from basicsr.archs import build_network
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from dckd_sr.archs.nafnet_arch import LocalMean, NAFNet, NAFNetLocal
+from dckd_sr.archs.nafnet_arch import Baseline, BaselineLocal, LocalMean, NAFNet, NAFNetLocal
 from dckd_sr.errors import UserError
 
 SMALL = {'width': 4, 'middle_blk_num': 1, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]}
@@ -136,3 +136,54 @@ def test_waits_for_no_device():
     with FakeTensorMode():
         for cls in (NAFNet, NAFNetLocal):
             assert cls(**SMALL)(torch.empty(1, 3, 410, 390)).shape == (1, 3, 410, 390)
+
+
+def slow_baseline_block(x, w):
+    """One block of Baseline in float64, pixel by pixel where it is not a convolution; w: its state dict."""
+
+    def norm(x, name):
+        mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+        scale, shift = (w[f'{name}.{key}'][None, :, None, None] for key in ('weight', 'bias'))
+        return (x - mean) / (var + 1e-6).sqrt() * scale + shift
+
+    def conv(x, name, **options):
+        return torch.nn.functional.conv2d(x, w[f'{name}.weight'], w[f'{name}.bias'], **options)
+
+    def gelu(x):
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+    h = conv(norm(x, 'norm1'), 'conv1')
+    h = gelu(conv(h, 'conv2', padding=1, groups=h.shape[1]))
+    attention = conv(conv(h.mean((2, 3), keepdim=True), 'se.1').clamp(min=0), 'se.3').sigmoid()
+    x = x + w['beta'] * conv(h * attention, 'conv3')
+    return x + w['gamma'] * conv(gelu(conv(norm(x, 'norm2'), 'conv4')), 'conv5')
+
+
+@pytest.mark.parametrize('cls', [Baseline, BaselineLocal])
+def test_a_block_of_baseline_is_its_formula(cls):
+    net = small(cls, dw_expand=2, ffn_expand=3).double()
+    block = net.middle_blks[0]
+    x = torch.rand(2, block.conv5.out_channels, 5, 7, dtype=torch.float64)
+    assert torch.allclose(block(x), slow_baseline_block(x, block.state_dict()), atol=1e-12)
+
+
+def test_layout_of_baseline():
+    """Keys of megvii-research/NAFNet, basicsr/models/archs/Baseline_arch.py: those of NAFNet, but for the attention."""
+    net, other = small(Baseline), small(NAFNet)
+    keys = {key.replace('.se.1.', '.sca.1.') for key in net.state_dict() if '.se.3.' not in key}
+    assert keys == set(other.state_dict())
+    block = {key: tuple(value.shape) for key, value in net.middle_blks[0].state_dict().items()}
+    channels = block['conv5.bias'][0]
+    assert block['conv1.weight'] == (channels, channels, 1, 1) and block['conv2.weight'] == (channels, 1, 3, 3)
+    assert block['se.1.weight'] == (channels // 2, channels, 1, 1) and block['se.3.bias'] == (channels,)
+    assert block['conv4.weight'] == (2 * channels, channels, 1, 1) and list(small(BaselineLocal).state_dict()) == list(
+        net.state_dict()
+    )
+
+
+def test_local_baseline_has_the_windows_of_local_nafnet():
+    windows = [
+        [module.window for module in small(cls).modules() if isinstance(module, LocalMean)]
+        for cls in (NAFNetLocal, BaselineLocal)
+    ]
+    assert windows[0] == windows[1] and windows[0]
