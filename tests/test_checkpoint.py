@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -213,3 +214,20 @@ def test_no_state_and_a_named_one_that_is_missing(tmp_path):
     opt['path']['resume_state'] = str(tmp_path / '5.state')
     with pytest.raises(UserError, match='5.state'):
         checkpoint.find_state(opt)
+
+
+def test_ranks_that_differ_save_nothing(monkeypatch):
+    net = torch.nn.Conv2d(1, 1, 3)
+    model = types.SimpleNamespace(opt={'network_g': {}}, net_g=net, get_bare_model=lambda net: net)
+    monkeypatch.setattr(checkpoint, '_gather', lambda value: [value, dict(value)])
+    checkpoint.check_equal(model)
+
+    def another(value):
+        with torch.no_grad():
+            net.weight[0, 0, 0, 0] += 1e-7  # one bit is enough
+        monkeypatch.setattr(checkpoint, '_gather', lambda own: [value, own])
+        checkpoint.check_equal(model)
+
+    monkeypatch.setattr(checkpoint, '_gather', another)
+    with pytest.raises(UserError, match='the ranks hold different net_g; nothing was saved'):
+        checkpoint.check_equal(model)
