@@ -377,7 +377,7 @@ def test_lmdb_of_a_folder_with_a_damaged_image_is_not_made(hr, capfd):
     (hr / 'text.png').write_text('hello')
     run('lmdb', hr, 'x.lmdb', code=1)
     out, err = capfd.readouterr()
-    assert err == f'not an image, or damaged: {hr}/text.png\n' and 'x.lmdb not made; 1 problems' in out
+    assert err == f'not an image, or damaged: {hr}/text.png\n' and 'x.lmdb not made; 1 problem\n' in out
     assert names('.') == ['in'] and len(os.listdir('.')) == 1
 
 

@@ -142,4 +142,5 @@ def ready_text(count: int) -> str:
 
 def unfit_text(result: Result) -> str:
     """For a summary: how many problems there are."""
-    return f'; {len(result.problems)} problems' if result.problems else ''
+    count = len(result.problems)
+    return f'; {count} problem{"s" if count > 1 else ""}' if count else ''
