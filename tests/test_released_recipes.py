@@ -1,7 +1,8 @@
 """The option files of NAFNet and Restormer, with paths, io_backend and counts overridden and networks shrunk.
 
-Their keys are those of megvii-research/NAFNet, options/{train,test}/{GoPro,REDS,SIDD}/{NAFNet,Baseline}-width*.yml, and
-of swz30/Restormer, {Deraining,Motion_Deblurring,Defocus_Deblurring,Denoising}/Options/*.yml.
+Their keys are those of megvii-research/NAFNet, options/{train,test}/{GoPro,REDS,SIDD}/NAFNet-width*.yml and
+{GoPro,SIDD}/Baseline-width*.yml, and of swz30/Restormer,
+{Deraining,Motion_Deblurring,Defocus_Deblurring,Denoising}/Options/*.yml.
 """
 
 import copy
@@ -172,7 +173,9 @@ NAFNET = {
     'sidd-32': nafnet('SIDD', 32, 200000, 0.0),
     'sidd-64': nafnet('SIDD', 64, 400000, 0.0),
     'baseline-gopro-32': nafnet('GoPro', 32, 200000, 1e-3, 'Baseline', dw_expand=1, ffn_expand=2),
+    'baseline-gopro-64': nafnet('GoPro', 64, 400000, 0.0, 'Baseline', dw_expand=2, ffn_expand=2),
     'baseline-sidd-32': nafnet('SIDD', 32, 200000, 0.0, 'Baseline', dw_expand=1, ffn_expand=2),
+    'baseline-sidd-64': nafnet('SIDD', 64, 400000, 0.0, 'Baseline', dw_expand=2, ffn_expand=2),
 }
 RESTORMER = {
     'deraining': restormer('Deraining', on_y=True),
@@ -323,7 +326,16 @@ def test_clipping_can_be_switched_off(images):
         assert not options.load('released.yml', [*overrides(opt, images), override])[0]['train'].get('use_grad_clip')
 
 
-@pytest.mark.parametrize('name, split', [('gopro-32', 'test'), ('reds-64', 'test'), ('sidd-32', 'val')])
+@pytest.mark.parametrize(
+    'name, split',
+    [
+        ('gopro-32', 'test'),
+        ('reds-64', 'test'),
+        ('sidd-32', 'val'),
+        ('baseline-gopro-64', 'test'),
+        ('baseline-sidd-32', 'val'),
+    ],
+)
 def test_nafnets_test_files_score_trained_weights(name, split, images, capsys):
     opt = copy.deepcopy(NAFNET[name])
     torch.manual_seed(1)
@@ -331,7 +343,7 @@ def test_nafnets_test_files_score_trained_weights(name, split, images, capsys):
     opt = {key: value for key, value in opt.items() if key not in ('train', 'logger')}
     opt['datasets'] = {split: opt['datasets']['val']}
     opt['path']['pretrain_network_g'] = 'experiments/pretrained_models/NAFNet.pth'
-    opt['val'] = {**opt['val'], 'grids': False}
+    opt['val'] = {**opt['val'], 'grids': False, 'save_img': name.startswith('baseline')}
     del opt['val']['val_freq']
     kept = [entry for entry in overrides(opt, images) if entry.split(':')[0] in ('datasets', 'network_g')]
     kept = [entry for entry in kept if not entry.startswith('datasets:train')]

@@ -107,7 +107,7 @@ def test_official_windows_differ_at_416x400():
     assert (local(x) - net(x)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize('cls', [NAFNet, NAFNetLocal])
+@pytest.mark.parametrize('cls', [NAFNet, NAFNetLocal, Baseline, BaselineLocal])
 @torch.no_grad()
 def test_images_of_any_size_are_filled_with_zeros(cls):
     net = small(cls)
@@ -117,24 +117,28 @@ def test_images_of_any_size_are_filled_with_zeros(cls):
         torch.testing.assert_close(net(x), whole[..., :height, :width])
 
 
-def test_trains():
+@pytest.mark.parametrize('cls', [NAFNet, Baseline])
+def test_trains(cls):
     """Blocks start as identities, as officially, and every parameter has a gradient once they are not."""
-    net, trained = NAFNet(**SMALL), small().train()
+    torch.manual_seed(1)
+    net, trained = cls(**SMALL), small(cls).train()
     x = torch.rand(1, 4, 10, 9)
     assert all(torch.equal(block(x), x) for block in net.encoders[0])
     trained(x[:, :3]).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in trained.parameters())
 
 
-def test_mistakes():
-    with pytest.raises(UserError, match=r'enc_blk_nums \[1\] and dec_blk_nums \[1, 1\] must be equally long'):
-        NAFNet(enc_blk_nums=[1], dec_blk_nums=[1, 1])
+@pytest.mark.parametrize('cls', [NAFNet, Baseline, BaselineLocal])
+def test_mistakes(cls):
+    message = rf'{cls.__name__}: enc_blk_nums \[1\] and dec_blk_nums \[1, 1\] must be equally long'
+    with pytest.raises(UserError, match=message):
+        cls(enc_blk_nums=[1], dec_blk_nums=[1, 1])
 
 
 def test_waits_for_no_device():
     """Fake tensors have no values: reading one on the host would fail."""
     with FakeTensorMode():
-        for cls in (NAFNet, NAFNetLocal):
+        for cls in (NAFNet, NAFNetLocal, Baseline, BaselineLocal):
             assert cls(**SMALL)(torch.empty(1, 3, 410, 390)).shape == (1, 3, 410, 390)
 
 
@@ -160,25 +164,68 @@ def slow_baseline_block(x, w):
 
 
 @pytest.mark.parametrize('cls', [Baseline, BaselineLocal])
+@torch.no_grad()
 def test_a_block_of_baseline_is_its_formula(cls):
     net = small(cls, dw_expand=2, ffn_expand=3).double()
     block = net.middle_blks[0]
     x = torch.rand(2, block.conv5.out_channels, 5, 7, dtype=torch.float64)
-    assert torch.allclose(block(x), slow_baseline_block(x, block.state_dict()), atol=1e-12)
+    torch.testing.assert_close(block(x), slow_baseline_block(x, block.state_dict()), rtol=0, atol=1e-12)
 
 
-def test_layout_of_baseline():
-    """Keys of megvii-research/NAFNet, basicsr/models/archs/Baseline_arch.py: those of NAFNet, but for the attention."""
-    net, other = small(Baseline), small(NAFNet)
-    keys = {key.replace('.se.1.', '.sca.1.') for key in net.state_dict() if '.se.3.' not in key}
-    assert keys == set(other.state_dict())
-    block = {key: tuple(value.shape) for key, value in net.middle_blks[0].state_dict().items()}
-    channels = block['conv5.bias'][0]
-    assert block['conv1.weight'] == (channels, channels, 1, 1) and block['conv2.weight'] == (channels, 1, 3, 3)
-    assert block['se.1.weight'] == (channels // 2, channels, 1, 1) and block['se.3.bias'] == (channels,)
-    assert block['conv4.weight'] == (2 * channels, channels, 1, 1) and list(small(BaselineLocal).state_dict()) == list(
-        net.state_dict()
-    )
+@torch.no_grad()
+def test_local_baseline_sees_a_window_around_each_pixel():
+    """As its own blocks say with the slow mean; with windows that hold the image, it is Baseline."""
+    net, local = small(Baseline), small(BaselineLocal, train_size=(1, 3, 32, 24))
+    local.load_state_dict(net.state_dict())
+    x = torch.rand(1, 3, 48, 36)
+    torch.testing.assert_close(local(x), net(x))
+    x = torch.rand(1, 3, 60, 36)
+    assert (local(x) - net(x)).abs().max() > 1e-4
+    expected = local(x)
+    for module in local.modules():
+        if isinstance(module, LocalMean):
+            module.forward = lambda x, window=module.window: slow_mean(x, window).float()
+    torch.testing.assert_close(expected, local(x))
+
+
+def baseline_block(name, channels, wide, deep):
+    """Keys and shapes of a block, from megvii-research/NAFNet, basicsr/models/archs/Baseline_arch.py."""
+    pointwise = {
+        'conv1': (wide, channels),
+        'conv3': (channels, wide),
+        'conv4': (deep, channels),
+        'conv5': (channels, deep),
+        'se.1': (wide // 2, wide),
+        'se.3': (wide, wide // 2),
+    }
+    keys = {f'{key}.weight': (*sides, 1, 1) for key, sides in pointwise.items()}
+    keys.update({f'{key}.bias': sides[:1] for key, sides in pointwise.items()})
+    keys.update({'conv2.weight': (wide, 1, 3, 3), 'conv2.bias': (wide,)})
+    keys.update({f'{norm}.{part}': (channels,) for norm in ('norm1', 'norm2') for part in ('weight', 'bias')})
+    keys.update(dict.fromkeys(('beta', 'gamma'), (1, channels, 1, 1)))
+    return {f'{name}.{key}': shape for key, shape in keys.items()}
+
+
+@pytest.mark.parametrize(
+    'expand, at_full_size, at_half_size',
+    [({}, (4, 4, 8), (8, 8, 16)), ({'dw_expand': 3, 'ffn_expand': 1}, (4, 12, 4), (8, 24, 8))],
+)
+@pytest.mark.parametrize('cls', [Baseline, BaselineLocal])
+def test_layout_of_baseline(cls, expand, at_full_size, at_half_size):
+    net = cls(width=4, enc_blk_nums=[1], dec_blk_nums=[2], **expand)
+    assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == {
+        'intro.weight': (4, 3, 3, 3),
+        'intro.bias': (4,),
+        **baseline_block('encoders.0.0', *at_full_size),
+        'downs.0.weight': (8, 4, 2, 2),
+        'downs.0.bias': (8,),
+        **baseline_block('middle_blks.0', *at_half_size),
+        'ups.0.0.weight': (16, 8, 1, 1),
+        **baseline_block('decoders.0.0', *at_full_size),
+        **baseline_block('decoders.0.1', *at_full_size),
+        'ending.weight': (3, 4, 3, 3),
+        'ending.bias': (3,),
+    }
 
 
 def test_local_baseline_has_the_windows_of_local_nafnet():
