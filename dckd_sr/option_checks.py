@@ -581,6 +581,17 @@ def _whole(value, least):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def check_speed(report, opt, spec, given):
+    """The keys that say how networks run belong to the models that read them, and to the keys that they refine."""
+    if not issubclass(spec.train, keys.KDTrain):
+        for key in keys.SPEED_KEYS:
+            if opt[key]:
+                report.error(key, f'{opt["model_type"]} does not read it; KDModel and DCKDModel do', True)
+    for key, other in (('amp_bf16', 'use_amp'), ('amp_networks', 'use_amp'), ('compile_mode', 'use_compile')):
+        if key in given and opt.get(key) not in (None, False, 'default') and not opt[other]:
+            report.warn(key, f'without effect: {other} is false', opt[key])
+
+
 def check_distillation(report, opt, given):
     """What teacher, history, encoder and losses need from each other, in training."""
     train, teacher, encoder = opt['train'], opt.get('network_t'), opt.get('network_vqgan')
@@ -598,6 +609,26 @@ def check_distillation(report, opt, given):
             report.missing('path.pretrain_network_vqgan', f'an encoder needs trained weights: {keys.ENCODER_ADVICE}')
     if train.get('cl_opt'):
         check_contrast(report, opt, given)
+
+
+def check_teacher_cache(report, opt, spec):
+    """datasets.train.teacher_cache has outputs for images as they are, turned and cropped; nothing else will do."""
+    data, train = opt['datasets'].get('train', {}), opt['train']
+    where, path = 'datasets.train.teacher_cache', data.get('teacher_cache')
+    if path is None:
+        return
+    if not path.endswith('.lmdb'):
+        report.error(where, 'expected a folder *.lmdb', path)
+    types = known_types(DATASET_REGISTRY)
+    able = [name for name, cls in types.items() if getattr(cls, 'takes_teacher_cache', False)]
+    if bare(data.get('type')) not in able and bare(data.get('type')) in types:
+        report.error(where, f'{data["type"]} does not read it; {" and ".join(able)} do', path)
+    if not issubclass(spec.train, keys.KDTrain) or opt.get('network_t') is None:
+        report.error(where, 'needs network_t, the teacher', path)
+    if train.get('lcr_opt'):
+        report.error('train.lcr_opt', f'needs the teacher on augmented input, which {where} does not have')
+    if (train.get('mixing_augs') or {}).get('mixup'):
+        report.error('train.mixing_augs.mixup', f'needs the teacher on mixed input, which {where} does not have', True)
 
 
 def check_contrast(report, opt, given):

@@ -164,6 +164,7 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
         checks.check_encoder_channels(report, opt, classes['g'])
     if is_train:
         checks.check_train(report, opt, spec)
+        checks.check_speed(report, opt, spec, given)
         if 't' in spec.networks:
             checks.check_distillation(report, opt, given)
     elif train_raw is not None:
@@ -171,6 +172,8 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
     checks.check_paths(report, opt, is_train)
     checks.check_val(report, opt)
     opt['datasets'] = checks.check_datasets(report, opt, datasets, is_train)
+    if is_train:
+        checks.check_teacher_cache(report, opt, spec)
     finish(opt, is_train, report, debug, launcher, auto_resume, root_path)
     return opt
 
@@ -238,6 +241,10 @@ def model_keys(opt, report, is_train):
         if is_train:
             report.warn('model_type', f'runs as DCKDModel, because the file has {", ".join(ours)}', name)
         name = 'DCKDModel'
+    fast = [key for key in keys.SPEED_KEYS if opt.get(key)]
+    if name in keys.SPEED_TYPES and fast and is_train:
+        report.warn('model_type', f'runs as KDModel, because the file has {", ".join(fast)}', name)
+        name = 'KDModel'
     ancestry = [cls for cls in types[name].__mro__ if cls.__module__.startswith('dckd_sr.')] if name in types else []
     report.strict = bool(ancestry) and ancestry[0] is types[name]
     # A model that derives from one of ours has its keys.

@@ -87,6 +87,8 @@ def prepare(opt, args, notes):
     set_random_seed(opt['manual_seed'])  # networks start equal on all ranks
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
+    if opt['num_gpu'] == 0:
+        processes.keep_freed_memory()
     bar = sys.stderr.isatty() and opt['rank'] == 0
     logs.start(bar=bar)
 

@@ -19,7 +19,11 @@ MISTAKES = [  # override, start of the message, what else it says
     ('scael=4', 'scael = 4: unknown key', "did you mean 'scale'?"),
     ('network_x={type: EDSR}', 'network_x = ', "did you mean 'network_"),
     ('network_d={type: EDSR}', 'network_d = ', 'unknown key'),
-    ('use_amp=true', 'use_amp = true: unknown key', ''),
+    ('use_amp=yes please', 'use_amp = yes please: expected a valid boolean', ''),
+    ('amp=true', 'amp = true: unknown key', 'here it is use_amp'),
+    ('amp_networks=[studnet]', 'amp_networks.0 = studnet: expected', 'student'),
+    ('compile_mode=fastest', 'compile_mode = fastest: expected', 'max-autotune'),
+    ('train:negatives_micro_batch=0', 'train.negatives_micro_batch = 0: expected greater than or equal to 1', ''),
     ('datasets:train:gt_sise=192', 'datasets.train.gt_sise = 192: unknown key', "did you mean 'gt_size'?"),
     ('datasets:val_1:io_backend:typ=disk', 'datasets.val_1.io_backend.typ = disk', "did you mean 'type'?"),
     ('path:teacher=teacher.pth', 'path.teacher = teacher.pth: unknown key', 'pretrain_network_t'),
@@ -479,3 +483,21 @@ def test_progressive_stages_are_checked_like_the_crop():
     assert problem == 'datasets.train.gt_sizes.1 = 130: expected a multiple of scale = 4'
     (problem,) = problems_of(dckd(), *stages, 'datasets:train:gt_sizes=[64]')
     assert 'iters has 2' in problem and 'gt_sizes has 1' in problem
+
+
+def test_speed_keys_belong_to_models_that_read_them():
+    found = problems_of(esrgan(), 'use_amp=true')
+    assert found == ['use_amp = true: ESRGANModel does not read it; KDModel and DCKDModel do']
+    opt, notes = load(dckd(), 'use_compile=true', 'use_checkpoint=true', 'amp_bf16=true')
+    assert opt['use_compile'] and opt['model_type'] == 'DCKDModel'
+    assert any(note.endswith('amp_bf16 = true: without effect: use_amp is false') for note in notes)
+
+
+def test_a_plain_file_with_a_speed_key_runs_as_kdmodel():
+    opt = dckd()
+    for key in ('network_t', 'network_his', 'network_vqgan'):
+        del opt[key]
+    opt['train'] = {key: value for key, value in opt['train'].items() if key in ('optim_g', 'total_iter', 'pixel_opt')}
+    opt['path'], opt['model_type'] = {}, 'SRModel'
+    assert load(opt)[0]['model_type'] == 'SRModel'
+    assert load(opt, 'use_amp=true')[0]['model_type'] == 'KDModel'

@@ -56,9 +56,10 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x)
+        in_place = not torch.is_grad_enabled()  # nobody looks at what is overwritten: less memory to move
+        h = self.conv1(F.silu(self.norm1(x), in_place))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), in_place)))
+        return h.add_(self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x)
 
 
 class Attention(nn.Module):

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import nn
-from torch.nn import functional as F
 
 from dckd_sr.encoder import build_loss_encoder
 from dckd_sr.errors import UserError
 
 _EPS = 1e-7  # added to the denominator, as released
+_BLOCK = 2**17  # elements
 _LEAST = 1e-5  # denominators below this part of the features' mean magnitude are no distance but rounding
 
 
@@ -33,6 +33,58 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad
+
+
+def compare(anchor, others, signs):
+    """Distances of the anchor to others, and what their gradient is made of.
+
+    Args:
+        anchor: (B, C, h, w).
+        others: (N*B, C, h, w), rows j*B to j*B + B - 1 belonging to the anchor's rows.
+        signs: what an earlier call returned, or None.
+
+    Returns:
+        (sum over j of mean |anchor - other_j|, 0-d; ``signs`` + sum over j of sign(anchor - other_j), int16).
+    """
+    signs = torch.zeros_like(anchor, dtype=torch.int16) if signs is None else signs
+    others = others.split(len(anchor))
+    # Half precision has too few digits for a mean of millions.
+    dtype = torch.promote_types(anchor.dtype, torch.float32)
+    batch, channels, height, width = anchor.shape
+    # What a processor's cache holds is compared at a time; a GPU takes all at once.
+    rows = max(1, _BLOCK // (batch * channels * width)) if anchor.device.type == 'cpu' else height
+    sums = []
+    for top in range(0, height, rows):
+        ours, place = anchor[:, :, top : top + rows].to(dtype), signs[:, :, top : top + rows]
+        for other in others:
+            difference = ours - other[:, :, top : top + rows]
+            place += difference.sign().to(torch.int16)
+            sums.append(difference.abs_().sum())
+    return torch.stack(sums).sum() / anchor.numel(), signs
+
+
+class _Distances(torch.autograd.Function):
+    """Per level, the sum over j of mean |anchor - other_j|, for others that come in parts.
+
+    A part may go when the next one comes: of each level only the sum of signs waits for the backward pass, where
+    autograd would keep all others and compare each of them again.
+    """
+
+    @staticmethod
+    def forward(ctx, compare, parts, *anchors):
+        totals, signs = [0] * len(anchors), [None] * len(anchors)
+        for part in parts:
+            for i, (anchor, others) in enumerate(zip(anchors, part)):
+                total, signs[i] = compare(anchor, others, signs[i])
+                totals[i] = totals[i] + total
+        ctx.save_for_backward(*signs)
+        ctx.dtypes = [anchor.dtype for anchor in anchors]
+        return torch.stack(totals)
+
+    @staticmethod
+    def backward(ctx, grad):
+        signs = zip(grad.unbind(), ctx.saved_tensors, ctx.dtypes)
+        return None, None, *((sign * (factor / sign.numel())).to(dtype) for factor, sign, dtype in signs)
 
 
 @LOSS_REGISTRY.register()
@@ -81,6 +133,7 @@ class DynamicContrastiveLoss(nn.Module):
         self.reduce = reduce
         self.stats = {}
         self.encoder = None if encoder is None else build_loss_encoder(encoder)
+        self.compare = compare  # a compiled one may take its place
         self.left_out = None  # device-side count since the last report
         self._warned = False
         if self.encoder is not None:
@@ -108,10 +161,14 @@ class DynamicContrastiveLoss(nn.Module):
         Raises:
             UserError: no negatives, or another number of levels than weights.
         """
+        return self.from_parts(anchor, positive, [negatives])
+
+    def from_parts(self, anchor, positive, parts):
+        """`from_levels` for negatives that come in parts: an iterable of such lists, each taken once, in turn."""
         self.check_levels(len(anchor))
-        if len(negatives[0]) == 0:
-            raise UserError('the contrastive loss needs negatives: num_neg must be 1 or more, or neg_clean true')
-        return self._ratios(anchor, positive, negatives, _distance_to_all)
+        numerators = _Distances.apply(self.compare, [positive], *anchor)
+        denominators = _Distances.apply(self.compare, _checked(parts), *anchor)
+        return self._ratios(numerators, denominators, [a.detach().abs().mean() for a in anchor])
 
     def forward(self, pred, target):
         """The loss of images, as an ordinary BasicSR loss.
@@ -134,15 +191,17 @@ class DynamicContrastiveLoss(nn.Module):
                 f'{type(self).__name__} compares images through a VQGAN: give it an encoder block '
                 '(type, its arguments, pretrain: FILE), or use it as cl_opt of a DCKDModel'
             )
-        alone = len(target) == 1
+        count = len(target)
         with torch.no_grad():
             height, width = target.shape[2:]
-            shifted = [target.roll((height // 2, width // 2), (2, 3))] if alone else []
+            shifted = [target.roll((height // 2, width // 2), (2, 3))] if count == 1 else []
             others = self.encoder(torch.cat([target, *shifted]), codes=False).levels
-        anchor = self.encoder(pred, codes=False).levels
-        if alone:
-            return self.from_levels(anchor, [level[:1] for level in others], [level[1:] for level in others])
-        return self._ratios(anchor, others, others, _distance_to_rolled)
+        positive = [level[:count] for level in others]
+        if count == 1:
+            parts = [[level[1:] for level in others]]
+        else:  # one after the other, because each is a copy
+            parts = ([level.roll(shift, 0) for level in others] for shift in range(1, count))
+        return self.from_parts(self.encoder(pred, codes=False).levels, positive, parts)
 
     def report(self):
         """Fetch ``stats`` as floats, which waits for the device: call it when logging.
@@ -161,16 +220,11 @@ class DynamicContrastiveLoss(nn.Module):
         values = {name: float(value) for name, value in self.stats.items()}
         return {**values, 'guarded': float(left_out)} if values else {}
 
-    def _ratios(self, anchor, positive, negatives, distance_to_negatives):
-        sums = []
-        for a, p, n in zip(anchor, positive, negatives):
-            dtype = torch.promote_types(a.dtype, torch.float32)  # half precision has too few digits for the ratio
-            a, p, n = a.to(dtype), p.to(dtype), n.to(dtype)
-            sums += [F.l1_loss(a, p), distance_to_negatives(a, n), a.detach().abs().mean()]
-        sums = torch.stack(sums)
+    def _ratios(self, numerators, denominators, magnitudes):
+        sums = torch.stack([numerators, denominators, torch.stack(magnitudes).to(numerators.dtype)])
         if self.reduce == 'global' and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sums = _MeanOverRanks.apply(sums)
-        numerators, denominators, magnitudes = sums.view(-1, 3).unbind(1)
+        numerators, denominators, magnitudes = sums.unbind()
         # A NaN compares false and stays in the sum, where it is seen.
         left_out = denominators.detach() < (_LEAST if self.guard else 0) * magnitudes
         # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
@@ -185,18 +239,12 @@ class DynamicContrastiveLoss(nn.Module):
         self.left_out = left_out if self.left_out is None else self.left_out + left_out
 
 
-def _distance_to_all(anchor, negatives):
-    """Sum over negatives of the mean distance. One at a time: the anchor is never repeated."""
-    return sum(F.l1_loss(anchor, negative) for negative in negatives.split(len(anchor)))
-
-
-def _distance_to_rolled(anchor, target):
-    """Sum over the other images of the batch of the mean distance: target rolled by 1 to B - 1, as views of it."""
-    total = 0
-    for shift in range(1, len(anchor)):
-        total = total + F.l1_loss(anchor[shift:], target[:-shift], reduction='sum')
-        total = total + F.l1_loss(anchor[:shift], target[-shift:], reduction='sum')
-    return total / anchor.numel()
+def _checked(parts):
+    """The parts, none of which may be empty."""
+    for part in parts:
+        if len(part[0]) == 0:
+            raise UserError('the contrastive loss needs negatives: num_neg must be 1 or more, or neg_clean true')
+        yield part
 
 
 @LOSS_REGISTRY.register()

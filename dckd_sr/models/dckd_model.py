@@ -33,8 +33,11 @@ class DCKDModel(KDModel):
         self.cri_lcr = self.build_criterion('lcr_opt')
         self.cri_cl = self.build_criterion('cl_opt')
         self.cri_ce = self.build_criterion('ce_opt')
+        if self.cri_cl is not None:
+            self.cri_cl.compare = self.run.compiled(self.cri_cl.compare)
         self.lcr_prob = (train_opt.get('noisy') or {}).get('prob', 0.5)
         self.num_neg = train_opt.get('num_neg', 4)
+        self.negatives_micro_batch = train_opt.get('negatives_micro_batch')
         self.neg_clean = train_opt.get('neg_clean', True)
         self.degradation = Degradation(
             blur_prob=train_opt.get('gaussian_blur_prob', 1.0),
@@ -46,13 +49,14 @@ class DCKDModel(KDModel):
         self.step = train_opt.get('step') or [1000, 2000, 3000]
         self.step_period = train_opt.get('step_period', 100000)
         if self.opt.get('network_his', self.cri_cl is not None):
-            self.net_his = self.build_frozen(self.opt['network_g'])
+            self.net_his = self.build_frozen(self.opt['network_g'], 'history')
             average_(self.net_his, self.history_source(), 0)
         if self.cri_cl is not None or self.cri_ce is not None:
             paths = self.opt['path']
-            self.net_vqgan = build_encoder(
+            encoder = build_encoder(
                 self.opt['network_vqgan'], paths.get('pretrain_network_vqgan'), paths.get('param_key_vqgan')
-            ).to(self.device)
+            )
+            self.net_vqgan = self.run.prepare('encoder', encoder.to(self.device))
 
     def history_source(self):
         """What the history network follows: the student's EMA as released, or the student as printed (Eq. 6)."""
@@ -61,7 +65,7 @@ class DCKDModel(KDModel):
         return self.get_bare_model(self.net_g)
 
     def terms(self, current_iter):
-        student = self.net_g(self.lq)  # I_S
+        student = self.run('student', self.net_g, self.lq)  # I_S
         teacher, consistent = self.teach(current_iter)  # I_T
         terms = self.image_terms(student, teacher)  # L_rec, L_kd
         if self.cri_lcr is not None:
@@ -69,7 +73,7 @@ class DCKDModel(KDModel):
         if self.net_vqgan is not None:
             s, t, negatives = self.encode(student, teacher, current_iter)  # f^S, f^T, f^Neg
             if self.cri_cl is not None:
-                terms['l_cl'] = self.cri_cl.from_levels(s.levels, t.levels, negatives)  # Eq. 5
+                terms['l_cl'] = self.cri_cl.from_parts(s.levels, t.levels, negatives)  # Eq. 5
             if self.cri_ce is not None:
                 terms['l_ce'] = self.cri_ce.from_logits(s.logits, t.logits)  # Eq. 9
         return terms
@@ -85,32 +89,50 @@ class DCKDModel(KDModel):
         if self.net_t is None:
             return self.gt, self.gt
         if self.cri_lcr is None:
-            return self.net_t(self.lq), None
+            return self.teacher(), None
         seed = self.opt.get('manual_seed') or 0
         flags = augment.draw_flags(self.lcr_prob, len(self.lq), seed, current_iter, self.first_index(current_iter))
-        output, augmented = self.net_t(torch.cat([self.lq, augment.augment(self.lq, flags)])).chunk(2)
+        both = torch.cat([self.lq, augment.augment(self.lq, flags)])
+        output, augmented = self.run('teacher', self.net_t, both).chunk(2)
         return output, augment.invert(augmented, flags)
 
     @torch.no_grad()
-    def negatives(self, current_iter):
-        """Outputs of the history network on the clean and the degraded inputs, one after the other along the batch."""
+    def negative_inputs(self, current_iter):
+        """The clean and the degraded inputs of the history network, one after the other along the batch."""
         seed = self.opt.get('manual_seed') or 0
         inputs = [self.lq] if self.neg_clean else []
         if self.num_neg > 0:
             first = self.first_index(current_iter)
             inputs.append(degrade(self.lq, self.num_neg, self.degradation, seed, current_iter, first))
-        return self.net_his(torch.cat(inputs))
+        return torch.cat(inputs) if inputs else self.lq[:0]
 
     def encode(self, student, teacher, current_iter):
-        """Encoder levels and code distributions: one pass with gradient for the student, one without for the rest."""
+        """Encoder levels and code distributions: one pass with gradient for the student, one without for the rest.
+
+        Returns:
+            (Encoding of the student, that of the teacher, the negatives' levels in parts; see ``from_parts``).
+        """
         contrast, codes = self.cri_cl is not None, self.cri_ce is not None
-        frozen = [teacher, self.negatives(current_iter)] if contrast else [teacher]
         batch = len(teacher)
+
+        def encoded(images, codes=0):
+            return self.run('encoder', self.net_vqgan, images, levels=contrast, codes=codes)
+
+        def history(inputs):
+            return self.run('history', self.net_his, inputs)
+
+        wanted = batch if codes else 0
+        s = encoded(student, wanted)
         with torch.no_grad():
-            rest = self.net_vqgan(torch.cat(frozen), levels=contrast, codes=batch if codes else 0)
-        s = self.net_vqgan(student, levels=contrast, codes=batch if codes else 0)
-        t = rest._replace(levels=[level[:batch] for level in rest.levels] if contrast else None)
-        return s, t, [level[batch:] for level in rest.levels] if contrast else None
+            inputs = self.negative_inputs(current_iter) if contrast else self.lq[:0]
+            if self.negatives_micro_batch and len(inputs):  # less memory, for some speed
+                t, parts = encoded(teacher, wanted), inputs.split(self.negatives_micro_batch * batch)
+                return s, t, (encoded(history(part)).levels for part in parts)
+            rest = encoded(torch.cat([teacher, history(inputs)]) if len(inputs) else teacher, wanted)
+        if not contrast:
+            return s, rest, None
+        t = rest._replace(levels=[level[:batch] for level in rest.levels])
+        return s, t, [[level[batch:] for level in rest.levels]]
 
     def optimize_parameters(self, current_iter):
         super().optimize_parameters(current_iter)
@@ -127,13 +149,16 @@ class DCKDModel(KDModel):
         return log
 
     def extra_state(self):
-        """What a training state must hold besides BasicSR's entries: the history network."""
-        state = {} if self.net_his is None else {'net_his': self.net_his.state_dict()}
+        """The history network, and how many levels the contrastive loss has left out since the last log line."""
+        state = super().extra_state()
+        if self.net_his is not None:
+            state['net_his'] = self.net_his.state_dict()
         if self.cri_cl is not None:
             state['levels_left_out'] = self.cri_cl.left_out
         return state
 
     def load_extra_state(self, state):
+        super().load_extra_state(state)
         if self.cri_cl is not None:
             self.cri_cl.left_out = state.get('levels_left_out')
         if self.net_his is None:

@@ -12,6 +12,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from dckd_sr import checkpoint
 from dckd_sr.ops.history import average_
 from dckd_sr.ops.mixup import mixup
+from dckd_sr.speed import Speed
 
 
 @MODEL_REGISTRY.register()
@@ -29,19 +30,25 @@ class KDModel(SRModel):
         self.net_t = None
         super().__init__(opt)
 
+    def model_to_device(self, net):
+        """The student, set up as the speed options say before it is wrapped for several processes."""
+        self.run = Speed(self.opt, self.device)
+        self.steps.scaler = self.run.scaler
+        return super().model_to_device(self.run.prepare('student', net))
+
     def init_training_settings(self):
         train_opt = self.opt['train']
         self.net_g.train()
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:
-            self.net_g_ema = self.build_frozen(self.opt['network_g'])
+            self.net_g_ema = self.build_frozen(self.opt['network_g'], 'history')
             average_(self.net_g_ema, self.get_bare_model(self.net_g), 0)
             path = self.opt['path'].get('pretrain_network_g')
             if path is not None:
                 strict = self.opt['path'].get('strict_load_g', True)
                 checkpoint.load_network(self.net_g_ema, path, strict, 'params_ema')
         if self.opt.get('network_t') is not None:
-            self.net_t = self.build_frozen(self.opt['network_t'])
+            self.net_t = self.build_frozen(self.opt['network_t'], 'teacher')
             path = self.opt['path'].get('pretrain_network_t')
             if path is not None:
                 strict, key = self.opt['path'].get('strict_load_t', True), self.opt['path'].get('param_key_t')
@@ -55,12 +62,12 @@ class KDModel(SRModel):
         if train_opt.get('scheduler') is not None:
             self.setup_schedulers()
 
-    def build_frozen(self, network_opt):
+    def build_frozen(self, network_opt, role):
         """A network without gradients, in eval mode; torch's generator, which is the student's, stays where it was."""
         network_opt = {key: value for key, value in network_opt.items() if key != 'allow_random'}
         with torch.random.fork_rng(devices=[]):
             net = build_network(network_opt)
-        return net.to(self.device).eval().requires_grad_(False)
+        return self.run.prepare(role, net.to(self.device).eval().requires_grad_(False))
 
     def build_criterion(self, key):
         """The loss of ``train.<key>`` on the device, or None."""
@@ -71,6 +78,9 @@ class KDModel(SRModel):
         self.lq = data['lq'].to(self.device, non_blocking=True)
         if 'gt' in data:
             self.gt = data['gt'].to(self.device, non_blocking=True)
+        self.cached_teacher = None
+        if 'teacher' in data:  # datasets.train.teacher_cache
+            self.cached_teacher = data['teacher'].to(self.device, non_blocking=True)
 
     def mix(self, current_iter):
         """Restormer's mixup of this micro-batch, where ``train.mixing_augs`` asks for it."""
@@ -86,10 +96,15 @@ class KDModel(SRModel):
         Returns:
             dict: log name -> 0-d tensor; their sum is minimised.
         """
-        student = self.net_g(self.lq)
-        with torch.no_grad():
-            teacher = self.gt if self.net_t is None else self.net_t(self.lq)
-        return self.image_terms(student, teacher)
+        student = self.run('student', self.net_g, self.lq)
+        return self.image_terms(student, self.teacher())
+
+    @torch.no_grad()
+    def teacher(self):
+        """The teacher's output for this batch: cached, or computed; without a teacher the ground truth."""
+        if self.cached_teacher is not None:
+            return self.cached_teacher
+        return self.gt if self.net_t is None else self.run('teacher', self.net_t, self.lq)
 
     def image_terms(self, student, teacher):
         """The losses that compare images: l_pix, l_percep and l_style against GT, l_ts against the teacher."""
@@ -105,11 +120,20 @@ class KDModel(SRModel):
         return terms
 
     def optimize_parameters(self, current_iter):
+        self.run.begin_step()
         self.optimizer_g.zero_grad()
         self.mix(current_iter)
         terms = self.terms(current_iter)
-        sum(terms.values()).backward()
+        self.steps.scaled(sum(terms.values())).backward()
         self.optimizer_g.step()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         self.log_dict = self.reduce_loss_dict(terms)
+
+    def extra_state(self):
+        """What a training state must hold besides BasicSR's entries: the scale of float16's gradients."""
+        return {} if self.run.scaler is None else {'scaler': self.run.scaler.state_dict()}
+
+    def load_extra_state(self, state):
+        if self.run.scaler is not None and state.get('scaler'):
+            self.run.scaler.load_state_dict(state['scaler'])

@@ -19,6 +19,7 @@ class Stepping:
         grad_clip: largest 2-norm of an optimiser's gradient, or None.
 
     Attributes:
+        scaler: torch's GradScaler where gradients are float16 on their way, or None.
         micro: which micro-batch is next, 0 to accum_iter - 1; the training loop sets it.
         ok: whether this iteration's gradients were finite: a bool on the CPU, a 0-d tensor on devices, where nobody
             waits for it.
@@ -28,7 +29,7 @@ class Stepping:
     def __init__(self, accum_iter=1, grad_clip=None):
         self.accum_iter, self.grad_clip = accum_iter, grad_clip
         self.iteration, self.micro, self.ok, self.log = 0, accum_iter - 1, True, []
-        self._sums = None
+        self.scaler = self._sums = None
 
     def begin(self, iteration, micro=0):
         """Announce a micro-batch; without it, every one is an iteration of its own."""
@@ -38,6 +39,10 @@ class Stepping:
     def due(self):
         """Whether this micro-batch ends an iteration: only then weights, EMA and history move."""
         return self.micro == self.accum_iter - 1
+
+    def scaled(self, loss):
+        """The loss to call ``backward`` on."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def attach(self, optimizer):
         """Put the gate before an optimiser's step."""
@@ -62,6 +67,8 @@ class Stepping:
         gradients = [p.grad for p in parameters]
         if not gradients:
             return step()
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
         if self.accum_iter > 1:
             torch._foreach_div_(gradients, self.accum_iter)
         if self.grad_clip is not None:
@@ -79,6 +86,8 @@ class Stepping:
             step()
             del optimizer.grad_scale, optimizer.found_inf
         self.ok = finite if self.ok is True else self.ok & finite
+        if self.scaler is not None:
+            self.scaler.update()  # lowers the scale after a gradient that was not finite
 
     def record(self, terms):
         """Note the losses of a micro-batch (0-d tensors, already averaged over processes).
@@ -106,4 +115,6 @@ class Stepping:
             for step in log
         ]
         finite = (torch.isfinite(torch.tensor(list(step.terms.values()))).all() for step in plain)
-        return [step for step, good in zip(plain, finite) if not (step.ok and good)], plain
+        # A gradient that overflows while the scaler finds its scale is no failure.
+        lenient = self.scaler is not None and bool(plain) and self.scaler.get_scale() > 1
+        return [step for step, good in zip(plain, finite) if not (good and (step.ok or lenient))], plain

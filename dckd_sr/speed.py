@@ -1,0 +1,119 @@
+"""How the networks of a step run: precision, memory format, compilation, activation checkpointing.
+
+Everything here is off unless the option file asks for it; `docs/performance.md` says what each brings. Losses are
+computed in float32 whatever the networks run in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from basicsr.utils import get_root_logger
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dckd_sr.errors import reason
+
+ROLES = ('student', 'teacher', 'history', 'encoder')
+
+
+class Speed:
+    """Runs networks as the option file asks.
+
+    Args:
+        opt: the whole option dict: ``use_amp`` (mixed precision, float16 or with ``amp_bf16`` bfloat16) for the roles
+            in ``amp_networks`` (all), ``use_channels_last``, ``use_compile`` with ``compile_mode``, ``use_checkpoint``,
+            ``use_tf32``. Absent keys are off.
+        device: where the networks are.
+
+    Attributes:
+        scaler: the gradient scaler that float16 needs in training, or None.
+    """
+
+    def __init__(self, opt: dict[str, Any], device: torch.device | str):
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if opt.get('amp_bf16') else torch.float16
+        self.amp = tuple(opt.get('amp_networks') or ROLES) if opt.get('use_amp') else ()
+        self.channels_last = ROLES if opt.get('use_channels_last') else ()
+        if self.device.type == 'cpu':
+            self.channels_last = {*self.channels_last, 'encoder'}  # the same numbers up to rounding, sooner
+        self.checkpointing = bool(opt.get('use_checkpoint'))
+        self.compile_mode = (opt.get('compile_mode') or 'default') if opt.get('use_compile') else None
+        scaled = self.dtype == torch.float16 and {'student', 'encoder'} & set(self.amp)  # gradients pass through these
+        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self._compiled = {}
+        # torch leaves TF32 on for convolutions; float32 means float32 here.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(opt.get('use_tf32'))
+
+    def prepare(self, role: str, net: nn.Module) -> nn.Module:
+        """Set up a network, in place, before training; its parameters' names and values stay.
+
+        Activation checkpointing is for the student, whose activations wait for the backward pass.
+        """
+        if role in self.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if role == 'student' and self.checkpointing:
+            for block in _blocks(net):
+                block.forward = functools.partial(_recomputed, block.forward)
+        return net
+
+    def begin_step(self):
+        """Say that what compiled networks returned in the last step is not needed any more."""
+        if self.compile_mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def compiled(self, function):
+        """A function of tensors, compiled where the option file asks for it."""
+        if self.compile_mode is None or self.device.type == 'cpu':
+            return function
+        return torch.compile(function, dynamic=False)
+
+    def __call__(self, role: str, net, x: torch.Tensor, **arguments):
+        """``net(x, **arguments)``, x being (B, C, h, w). Output images are float32, also where the network is not."""
+        if role in self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self._autocast(role):
+            out = net(x, **arguments) if self.compile_mode is None else self._run_compiled(role, net, x, arguments)
+        half = isinstance(out, torch.Tensor) and out.dtype in (torch.float16, torch.bfloat16)
+        return out.float() if half else out
+
+    def _autocast(self, role):
+        if role not in self.amp:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _run_compiled(self, role, net, x, arguments):
+        """Compiled on the first call. The network itself stays as it is: validation has images of many sizes."""
+        tried = (role, id(net)) in self._compiled
+        if not tried:
+            self._compiled[role, id(net)] = torch.compile(net, mode=self.compile_mode, dynamic=False)
+        compiled = self._compiled[role, id(net)]
+        if tried:
+            return compiled(x, **arguments)
+        try:
+            return compiled(x, **arguments)
+        except (
+            Exception
+        ) as error:  # no compiler, no Triton, an operation that it does not know: whatever its parts raise
+            get_root_logger().warning(f'use_compile: the {role} cannot be compiled and runs as it is: {reason(error)}')
+            self._compiled[role, id(net)] = net
+            return net(x, **arguments)
+
+
+def _blocks(net):
+    """The blocks whose activations are worth computing twice: members, with layers inside, of a network's lists."""
+    for module in net.children():
+        members = [m for m in module.children() if next(m.children(), None) is not None]
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(members) > 1:
+            yield from members
+        else:
+            yield from _blocks(module)
+
+
+def _recomputed(forward, *inputs):
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
