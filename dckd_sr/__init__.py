@@ -4,7 +4,11 @@ Importing this package makes BasicSR 1.4.2 importable on current Python, torch a
 archs, losses, datasets and models in BasicSR's registries.
 """
 
-from dckd_sr import compat
+from dckd_sr import commands
+
+commands.answer_help()
+
+from dckd_sr import compat  # noqa: E402
 
 compat.apply()
 

@@ -4,6 +4,7 @@
 put into ``sys.modules``, and methods that lose data or crash are replaced on the imported classes.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -30,11 +31,12 @@ def apply():
     if _applied:
         return
     check_basicsr()
-    restore_torchvision_operators()
+    with deferred('torch._dynamo.utils', 'is_compile_supported'):
+        restore_torchvision_operators()
     restore_functional_tensor()
     restore_distutils()
     restore_scipy_filters()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), deferred('scipy.stats', 'multivariate_normal'):
         # Their deprecation notices are about lines that a user of ours cannot change.
         warnings.simplefilter('ignore')
         importlib.import_module('basicsr')
@@ -47,6 +49,7 @@ def apply():
     repair_checkpoints()
     repair_weight_files()
     repair_validation()
+    speed_up_ssim()
     _applied = True
 
 
@@ -66,6 +69,35 @@ def check_basicsr():
             f'the package `basicsr` found at {folder} (version {version}) is not BasicSR {BASICSR_VERSION} and hides '
             f'it. Leave that folder or rename it, or: pip uninstall basicsr && pip install basicsr=={BASICSR_VERSION}'
         )
+
+
+@contextlib.contextmanager
+def deferred(module, function):
+    """Load a module when its function is called or anything else of it is needed, not where it is imported from here.
+
+    torchvision/ops/roi_align.py:7 imports torch's compiler (1.1 s) and basicsr/data/degradations.py:7 SciPy's
+    statistics (0.6 s), of the 4 s that ``import dckd_sr`` took: for one function each, which hardly anybody calls.
+    """
+    if module in sys.modules:
+        yield
+        return
+    stand_in = types.ModuleType(module)
+
+    def needed(name):
+        if name.startswith('__'):  # the import system looks for these, and inspect in every module
+            raise AttributeError(name)
+        if sys.modules.get(module) is stand_in:
+            del sys.modules[module]
+        return getattr(importlib.import_module(module), name)
+
+    stand_in.__getattr__ = needed
+    setattr(stand_in, function, lambda *args, **kwargs: needed(function)(*args, **kwargs))
+    sys.modules[module] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(module) is stand_in:
+            del sys.modules[module]
 
 
 def restore_torchvision_operators():
@@ -93,7 +125,7 @@ def restore_torchvision_operators():
 def restore_functional_tensor():
     """torchvision >= 0.17 dropped `transforms.functional_tensor`, which basicsr/data/degradations.py:8 imports."""
     name = 'torchvision.transforms.functional_tensor'
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:  # many put one there themselves
         from torchvision.transforms import functional
 
         module = types.ModuleType(name)
@@ -349,3 +381,25 @@ def repair_validation():
     SwinIRModel.test = test
     SRModel.nondist_validation = nondist_validation
     SRModel.dist_validation = dist_validation
+
+
+def speed_up_ssim():
+    """psnr_ssim.py:_ssim weighs each pixel's 11x11 neighbours at once: by columns and then rows it is the same sum."""
+    import cv2
+    from basicsr.metrics import psnr_ssim
+
+    window = cv2.getGaussianKernel(11, 1.5)
+    stability = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def weighted(image):
+        return cv2.sepFilter2D(image, -1, window, window)[5:-5, 5:-5]
+
+    def _ssim(img, img2):
+        mean, mean2 = weighted(img), weighted(img2)
+        squares, product = mean**2 + mean2**2, mean * mean2
+        variances = weighted(img**2 + img2**2) - squares
+        covariance = weighted(img * img2) - product
+        luminance = (2 * product + stability[0]) / (squares + stability[0])
+        return (luminance * (2 * covariance + stability[1]) / (variances + stability[1])).mean()
+
+    psnr_ssim._ssim = _ssim

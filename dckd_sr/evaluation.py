@@ -9,7 +9,9 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from dckd_sr.errors import UserError
 from dckd_sr.inference import infer
 from dckd_sr.ops.resize import imresize
 
+MOST_THREADS = 8  # that score images beside the network
 SSIM_WINDOW = 11  # side of the Gaussian window in BasicSR's calculate_ssim
 
 
@@ -139,7 +142,9 @@ def evaluate(
     window_size: int | None = None,
     tile_size: int | None = None,
     tile_overlap: int | None = None,
+    tile_batch_size: int | None = None,
     self_ensemble: bool = False,
+    run: Callable[..., torch.Tensor] | None = None,
     save_dir: str | os.PathLike | None = None,
     suffix: str = '',
     progress: bool = False,
@@ -151,7 +156,8 @@ def evaluate(
         loader: batches of one image: 'lq' (1, C, h, w) in [0, 1], 'lq_path' and, for metrics that compare, 'gt'.
         scale: output size over input size.
         metrics: as for ``score``; may be empty.
-        window_size, tile_size, tile_overlap, self_ensemble: see ``inference.infer``; not used by bicubic.
+        window_size, tile_size, tile_overlap, tile_batch_size, self_ensemble, run: see ``inference.infer``; not used by
+            bicubic.
         save_dir: where the outputs go as ``<image><suffix>.png``; None saves nothing.
         progress: show a bar, on a terminal only.
 
@@ -164,7 +170,9 @@ def evaluate(
         'window_size': window_size,
         'tile_size': tile_size,
         'tile_overlap': tile_overlap,
+        'tile_batch_size': tile_batch_size,
         'self_ensemble': self_ensemble,
+        'run': run,
     }
     if isinstance(net, Bicubic):
         options = {}  # enlarged whole: padding and tiles would change its borders
@@ -226,31 +234,74 @@ def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
 
 
 def _run(restore, loader, metrics, path_of, progress) -> Result:
-    result, used = Result(), set()
-    bar = tqdm(loader, disable=None if progress else True, unit='image', leave=False, dynamic_ncols=True)
-    for batch in bar:
-        image = _unique(os.path.splitext(os.path.basename(batch['lq_path'][0]))[0], used)
-        try:
-            output, seconds = restore(batch)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(f'{image}: not enough GPU memory; set val.tile_size, such as 256, or lower it') from error
-        if not torch.isfinite(output).all():
-            raise UserError(
-                f'{image}: the output holds nan or infinite values; these weights are broken or not of this network'
-            )
-        sr = tensor2bgr(output)
-        gt = tensor2bgr(batch['gt']) if 'gt' in batch else None
-        values = {}
-        for name, metric_opt in metrics.items():
-            try:
-                values[name] = score(sr, gt, {name: metric_opt}, image).get(name)
-            except NotMeasuredError as error:
-                result.notes.append(f'{error}; left out of the mean')
-                values[name] = None
-        if path_of is not None:
-            write_image(path_of(image), sr)
+    """Metrics and files of an image are made in threads, while a GPU has the next ones."""
+    result, used, waiting = Result(), set(), deque()
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads)
+
+    def collect():
+        image, seconds, job = waiting.popleft()
+        values, notes = job.result()
+        result.notes += notes
         result.rows.append({'image': image, **values, 'seconds': seconds})
+
+    try:
+        bar = tqdm(loader, disable=None if progress else True, unit='image', leave=False, dynamic_ncols=True)
+        for batch in bar:
+            image = _unique(os.path.splitext(os.path.basename(batch['lq_path'][0]))[0], used)
+            try:
+                output, seconds = restore(batch)
+            except torch.cuda.OutOfMemoryError as error:
+                raise UserError(
+                    f'{image}: not enough GPU memory; set val.tile_size, such as 256, or lower it'
+                ) from error
+            # The sum tells at once, unless finite values are too large for it.
+            if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):
+                raise UserError(
+                    f'{image}: the output holds nan or infinite values; these weights are broken or not of this network'
+                )
+            gt = tensor2bgr(batch['gt']) if 'gt' in batch else None
+            path = path_of(image) if path_of is not None else None
+            submit = pool.submit if _in_threads(metrics, output.device) else _at_once
+            waiting.append((image, seconds, submit(_finish, tensor2bgr(output), gt, metrics, image, path)))
+            while len(waiting) > threads:  # no more images than that are held in memory
+                collect()
+        while waiting:
+            collect()
+    finally:
+        pool.shutdown(cancel_futures=True)
     return result
+
+
+def _finish(sr, gt, metrics, image, path):
+    """Score and save one image.
+
+    Returns:
+        metric -> value, notes.
+    """
+    values, notes = {}, []
+    for name, metric_opt in metrics.items():
+        try:
+            values[name] = score(sr, gt, {name: metric_opt}, image).get(name)
+        except NotMeasuredError as error:
+            notes.append(f'{error}; left out of the mean')
+            values[name] = None
+    if path is not None:
+        write_image(path, sr)
+    return values, notes
+
+
+def _in_threads(metrics, device):
+    """Not on the CPU, where they take the cores from the network; BasicSR's metrics only: others may be networks."""
+    kinds = [metric_opt.get('type') for metric_opt in metrics.values()]
+    functions = [METRIC_REGISTRY.get(kind) for kind in kinds if kind in METRIC_REGISTRY]
+    return device.type != 'cpu' and all(function.__module__.startswith('basicsr.') for function in functions)
+
+
+def _at_once(function, *arguments):
+    done = Future()
+    done.set_result(function(*arguments))
+    return done
 
 
 def _gathered(result) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from dckd_sr.errors import UserError
 from dckd_sr.ops.padding import pad_to_multiple
 
-VAL_KEYS = ('window_size', 'tile_size', 'tile_overlap', 'self_ensemble')  # option keys that are arguments of infer
+# Option keys that are arguments of infer.
+VAL_KEYS = ('window_size', 'tile_size', 'tile_overlap', 'tile_batch_size', 'self_ensemble')
 
 
 def padding_of(net: Callable[[torch.Tensor], torch.Tensor]) -> int:
@@ -39,7 +41,9 @@ def infer(
     window_size: int | None = None,
     tile_size: int | None = None,
     tile_overlap: int | None = None,
+    tile_batch_size: int | None = None,
     self_ensemble: bool | None = False,
+    run: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Restore ``lq``; the caller holds ``torch.no_grad()`` and the network's eval mode.
 
@@ -59,7 +63,10 @@ def infer(
         tile_size: side of the tiles in LQ pixels, rounded up to the network's grid; empty or 0: the whole image.
         tile_overlap: LQ pixels shared by neighbouring tiles, rounded up likewise; default a quarter of the tile, at
             most 32.
+        tile_batch_size: tiles in one forward pass, default 1: the same result up to rounding, sooner where one tile
+            does not fill the device.
         self_ensemble: mean over the 8 flips and transpositions of ``lq``: 8 times the work.
+        run: called as ``run(net, x)`` in place of ``net(x)``, such as ``functools.partial(speed.Speed(...), role)``.
 
     Returns:
         (B, C', h * scale, w * scale), on lq's device.
@@ -68,12 +75,15 @@ def infer(
         UserError: the overlap is not smaller than the tile, or the network does not enlarge by ``scale``.
     """
     if self_ensemble:
-        return _mean_of_8(lambda x: infer(net, x, scale, window_size, tile_size, tile_overlap), lq)
+        return _mean_of_8(
+            lambda x: infer(net, x, scale, window_size, tile_size, tile_overlap, tile_batch_size, run=run), lq
+        )
     height, width = lq.shape[-2:]
     window = math.lcm(window_size or 1, padding_of(net))
     lq = pad_to_multiple(lq, window)
+    forward = net if run is None else partial(run, net)
     if not tile_size:
-        out = _run(net, lq, scale)
+        out = _run(forward, lq, scale)
     else:
         # NAFNet pads by itself, to multiples of padder_size: tiles must halve at the same pixels as the whole image.
         grid = math.lcm(window, getattr(net, 'padder_size', 1))
@@ -87,7 +97,7 @@ def infer(
                 f'tile_overlap {tile_overlap} must be smaller than tile_size {tile_size} '
                 f'(in steps of {grid}, which the network needs: {overlap} and {tile})'
             )
-        out = _run_tiles(net, lq, scale, tile, overlap, grid)
+        out = _run_tiles(forward, lq, scale, tile, overlap, grid, tile_batch_size or 1)
     return out[..., : height * scale, : width * scale]
 
 
@@ -104,8 +114,8 @@ def _round_up(value, multiple):
     return -(-value // multiple) * multiple
 
 
-def _run(net, x, scale):
-    out = net(x)
+def _run(forward, x, scale):
+    out = forward(x)
     expected = (x.shape[-2] * scale, x.shape[-1] * scale)
     if tuple(out.shape[-2:]) != expected:
         raise UserError(
@@ -115,23 +125,32 @@ def _run(net, x, scale):
     return out
 
 
-def _run_tiles(net, x, scale, tile, overlap, grid):
+def _run_tiles(forward, x, scale, tile, overlap, grid, batch_size):
     """Weighted mean of the tiles; see `_ramp` for the weights."""
     height, width = x.shape[-2:]
     total, weights = None, None
-    for top, bottom in _spans(height, tile, overlap, grid):
-        ramp_y = _ramp(top, bottom, height, overlap, scale, x)
-        for left, right in _spans(width, tile, overlap, grid):
-            ramp_x = _ramp(left, right, width, overlap, scale, x)
-            out = _run(net, x[..., top:bottom, left:right], scale)
-            if total is None:
-                total = out.new_zeros((*out.shape[:-2], height * scale, width * scale), dtype=torch.float32)
-                weights = total.new_zeros((height * scale, width * scale))
-            place = (..., slice(top * scale, bottom * scale), slice(left * scale, right * scale))
-            weight = ramp_y[:, None] * ramp_x
+    spans = product(_spans(height, tile, overlap, grid), _spans(width, tile, overlap, grid))
+    for tiles in _batches(spans, batch_size):
+        outs = _run(forward, torch.cat([x[..., slice(*rows), slice(*columns)] for rows, columns in tiles]), scale)
+        if total is None:
+            total = outs.new_zeros((len(x), *outs.shape[1:-2], height * scale, width * scale), dtype=torch.float32)
+            weights = total.new_zeros(total.shape[-2:])
+        for (rows, columns), out in zip(tiles, outs.split(len(x))):
+            place = (..., *(slice(start * scale, end * scale) for start, end in (rows, columns)))
+            weight = _ramp(*rows, height, overlap, scale, x)[:, None] * _ramp(*columns, width, overlap, scale, x)
             total[place] += out * weight
             weights[place] += weight
-    return (total / weights).to(out.dtype)
+    return (total / weights).to(outs.dtype)
+
+
+def _batches(spans, size):
+    """Tiles of one size, at most ``size`` at a time."""
+    alike = {}
+    for rows, columns in spans:
+        alike.setdefault((rows[1] - rows[0], columns[1] - columns[0]), []).append((rows, columns))
+    for tiles in alike.values():
+        for first in range(0, len(tiles), size):
+            yield tiles[first : first + size]
 
 
 def _spans(size, tile, overlap, grid):

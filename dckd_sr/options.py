@@ -24,26 +24,13 @@ from dckd_sr import option_checks as checks
 from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
 from dckd_sr import safe_yaml
+from dckd_sr.commands import parser
 from dckd_sr.errors import UserError, nearest
 from dckd_sr.option_checks import Report, check_file  # noqa: F401  (check_file: for entry points)
 from dckd_sr.option_files import OptionError, apply_overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Entry points
-
-
-def parser(is_train=True):
-    """The command line of training and testing: BasicSR's, and --local-rank as torch's launchers write it."""
-    verb = 'train' if is_train else 'test'
-    result = argparse.ArgumentParser(prog=f'dckd-{verb}', description=f'{verb.capitalize()} as an option file says.')
-    add = result.add_argument
-    add('-opt', '--opt', required=True, metavar='FILE', help='option file (YAML), or the name of a shipped one')
-    add('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started several processes')
-    add('--auto_resume', action='store_true', help="continue from the run's last state, if there is one")
-    add('--debug', action='store_true', help='validate and save every 8 iterations')
-    add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
-    add('--force_yml', nargs='+', metavar='A:B=VALUE', help='set keys of the file; values are YAML')
-    return result
 
 
 def parse(argv, is_train=True, command=None):
@@ -174,6 +161,7 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
     opt['datasets'] = checks.check_datasets(report, opt, datasets, is_train)
     if is_train:
         checks.check_teacher_cache(report, opt, spec)
+        checks.check_batches(report, opt)
     finish(opt, is_train, report, debug, launcher, auto_resume, root_path)
     return opt
 

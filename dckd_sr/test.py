@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from copy import deepcopy
@@ -24,10 +25,12 @@ from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str
 
 from dckd_sr import checkpoint, logs, options
+from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import UserError, reason
 from dckd_sr.evaluation import bicubic, evaluate, format_table, format_value, write_results
 from dckd_sr.inference import VAL_KEYS
+from dckd_sr.speed import Speed
 
 
 def main(argv=None):
@@ -52,31 +55,18 @@ def main(argv=None):
     return 0
 
 
-def parser():
-    """The command line of `options.parser`, and what only tests know."""
-    result = options.parser(is_train=False)
-    result.add_argument('--with_teacher', action='store_true', help="add network_t's row (path.pretrain_network_t)")
-    baseline = result.add_mutually_exclusive_group()
-    baseline.add_argument('--bicubic', action='store_true', help="add bicubic's row, the default where scale > 1")
-    baseline.add_argument('--no_bicubic', action='store_true', help="leave bicubic's row out")
-    result.add_argument('--save_img', action='store_true', help='save the images, as val.save_img: true does')
-    result.add_argument('--self_ensemble', action='store_true', help='as val.self_ensemble: mean over 8 orientations')
-    result.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: a GPU if there is one and num_gpu is not 0')
-    return result
-
-
 def test(opt, args, notes=()):
     """Run the test that a resolved option dict describes: networks x sets -> table, files and, if asked, images.
 
     Args:
-        opt: see `options.parse`; reads datasets, network_g, network_t, path, val, scale, num_gpu, name.
-        args: with_teacher, bicubic, no_bicubic, save_img, self_ensemble, device, see `parser`.
+        opt: see `options.parse`; reads datasets, network_g, network_t, path, val, scale, num_gpu, name
+            and the keys of `speed.Speed`.
+        args: with_teacher, bicubic, no_bicubic, save_img, self_ensemble, device, see `commands.test_parser`.
         notes: warnings for the log.
 
     Returns:
         network -> set -> `evaluation.Result`.
     """
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
     logs.start()
     device = _device(args.device, opt)
     found, missing = _split_sets(opt['datasets'])
@@ -88,6 +78,8 @@ def test(opt, args, notes=()):
     notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
     loaders = {name: build_val_loader(opt, name) for name in found}
     networks = _networks(opt, args, device)
+    speed, slow = _speed(opt, device)
+    notes += slow
 
     root = Path(opt['path']['results_root'])
     try:
@@ -108,6 +100,8 @@ def test(opt, args, notes=()):
     results = {}
     for network, (net, suffix) in networks.items():
         results[network] = {}
+        if isinstance(net, torch.nn.Module):
+            speed.prepare(network, net)
         for key, loader in loaders.items():
             set_name = opt['datasets'][key].get('name', key)
             with logs.explained(f'{network} on {set_name}'):
@@ -118,6 +112,7 @@ def test(opt, args, notes=()):
                     metrics=metrics,
                     device=device,
                     **sizes,
+                    run=functools.partial(speed, network),
                     save_dir=Path(opt['path']['visualization']) / set_name if save_img else None,
                     suffix=suffix,
                     progress=True,
@@ -131,7 +126,7 @@ def test(opt, args, notes=()):
             for note in result.notes:
                 logger.warning(f'{network} on {set_name}: {note}')
 
-    paths = write_results(root, results, _about(opt, results, metrics, missing, sizes))
+    paths = write_results(root, results, _about(opt, results, metrics, missing, {**sizes, **_fast(opt)}))
     logger.info('Results:\n' + format_table(results))
     logger.info(f'Written to {root}: ' + ', '.join(path.name for path in paths))
     if save_img:
@@ -148,6 +143,19 @@ def _device(name, opt):
     except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         raise UserError(f'--device {name}: not usable here, where {count} GPUs are: {reason(error)}') from error
+
+
+def _speed(opt, device):
+    """How networks run, and warnings."""
+    if not opt.get('use_compile') or (opt.get('val') or {}).get('tile_size'):
+        return Speed(opt, device), []
+    why = 'without effect in a test without val.tile_size: each size of image would be compiled'
+    return Speed({**opt, 'use_compile': False}, device), [f'use_compile: {why}']
+
+
+def _fast(opt):
+    """What changes scores a little, as a reader of the table must know."""
+    return {key: opt[key] for key in ('use_amp', 'amp_bf16', 'amp_networks', 'use_tf32') if opt.get(key)}
 
 
 def _split_sets(datasets):
@@ -181,11 +189,11 @@ def _networks(opt, args, device):
     labels = {'g': ('student', suffix), 't': ('teacher', f'{suffix}_teacher')}
     for letter in ('g', 't') if args.with_teacher else ('g',):
         label, ending = labels[letter]
-        networks[label] = _network(opt, letter).to(device), ending
+        networks[label] = load_network(opt, letter).to(device), ending
     return networks
 
 
-def _network(opt, letter):
+def load_network(opt, letter):
     """network_g or network_t in eval mode with its weights; the log says which entry of the file was used."""
     network_opt, path_opt = opt.get(f'network_{letter}'), opt.get('path') or {}
     if not network_opt:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,49 @@ def test_validation_pads_and_survives_odd_cases(tmp_path, model_type):
     assert net.metric_results['psnr'] != alone
     with pytest.raises(UserError, match='no images'):
         net.nondist_validation(Loader([]), 4, None, False)
+
+
+def test_a_stand_in_of_the_users_own_is_kept(monkeypatch):
+    name = 'torchvision.transforms.functional_tensor'
+    own = types.ModuleType(name)  # without a __spec__, which find_spec refuses
+    monkeypatch.setitem(sys.modules, name, own)
+    compat.restore_functional_tensor()
+    assert sys.modules[name] is own
+
+
+def test_slow_modules_wait_until_they_are_needed(tmp_path):
+    """torch's compiler and SciPy's statistics; both work as ever, and torchvision's and BasicSR's users of them."""
+    code = (
+        'import sys, numpy as np, torch\n'
+        'before = set(sys.modules)\n'
+        'import dckd_sr\n'
+        'loaded = {"torch._dynamo", "torch._dynamo.utils", "scipy.stats"} & (set(sys.modules) - before)\n'
+        'from basicsr.data.degradations import cdf2, sigma_matrix2\n'
+        'from scipy import stats\n'
+        'middle = cdf2(sigma_matrix2(1, 2, 0.3), np.zeros((2, 2, 2)))\n'
+        'from torchvision.ops import roi_align\n'
+        'aligned = roi_align(torch.ones(1, 3, 8, 8), torch.tensor([[0, 0, 0, 4, 4.0]]), 2)\n'
+        'print(loaded, middle.shape, float(middle[0, 0]), tuple(aligned.shape), stats.norm.cdf(0))'
+    )
+    result = python(code, tmp_path)
+    assert result.stdout.strip() == 'set() (2, 2) 0.25 (1, 3, 2, 2) 0.5', result.stderr
+
+
+def test_a_deferred_module_is_loaded_where_more_than_its_function_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / 'slow_module.py').write_text('def function(x):\n    return 2 * x\n\nOTHER = 3\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with compat.deferred('slow_module', 'function'):
+        from slow_module import function
+
+        assert not hasattr(sys.modules['slow_module'], '__file__')  # a stand-in
+        from slow_module import OTHER
+    assert OTHER == 3 and sys.modules['slow_module'].__file__ == str(tmp_path / 'slow_module.py')
+    assert function(4) == 8 and function is not sys.modules['slow_module'].function
+    loaded = sys.modules['slow_module']
+    with compat.deferred('slow_module', 'function'):
+        assert sys.modules['slow_module'] is loaded
+    assert sys.modules['slow_module'] is loaded
+    monkeypatch.delitem(sys.modules, 'slow_module')
+    with pytest.raises(ZeroDivisionError), compat.deferred('slow_module', 'function'):
+        1 / 0  # noqa: B018
+    assert 'slow_module' not in sys.modules

@@ -1,15 +1,21 @@
+import ast
 import csv
 import json
 import math
+import threading
+import time
+from pathlib import Path
 
 import cv2
 import golden_data
 import numpy as np
 import pytest
 import torch
+from basicsr.metrics import psnr_ssim
 from basicsr.models import build_model
 from skimage.metrics import structural_similarity
 
+from dckd_sr import evaluation
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import UserError
 from dckd_sr.evaluation import (
@@ -83,6 +89,24 @@ def test_scores_agree_with_other_implementations():
     assert values['ssim'] == pytest.approx(structural_similarity(luma(sr)[inside], luma(gt)[inside], **y), abs=1e-5)
     assert values['rgb'] == pytest.approx(10 * math.log10(255**2 / np.mean((sr * 1.0 - gt) ** 2)), abs=1e-9)
     assert metrics['psnr'] == PSNR  # arguments stay as they were
+
+
+def test_ssim_is_basicsrs_own_to_rounding(monkeypatch):
+    """Its function as it stands in BasicSR's file, which `compat` replaces by a faster one."""
+    source = Path(psnr_ssim.__file__).read_text()
+    (own,) = [node for node in ast.parse(source).body if getattr(node, 'name', '') == '_ssim']
+    scope = {'np': np, 'cv2': cv2}
+    exec(compile(ast.Module([own], []), 'own', 'exec'), scope)
+    rng = np.random.default_rng(0)
+    for size, noise in (((40, 61), 9), ((15, 120), 60), ((200, 180), 0.4), ((64, 64), 0)):
+        gt = image(*size)
+        sr = np.clip(gt + rng.normal(0, noise, gt.shape), 0, 255).astype(np.uint8)
+        for metric in (SSIM, {**SSIM, 'test_y_channel': False}):
+            fast = score(sr, gt, {'ssim': metric})['ssim']
+            with monkeypatch.context() as patched:
+                patched.setattr(psnr_ssim, '_ssim', scope['_ssim'])
+                assert fast == pytest.approx(score(sr, gt, {'ssim': metric})['ssim'], abs=1e-11)
+    assert psnr_ssim._ssim.__module__ == 'dckd_sr.compat'
 
 
 def test_score_edges():
@@ -192,6 +216,59 @@ def test_means_leave_out_what_cannot_be_averaged_and_say_so():
     assert result.means == {'psnr': math.inf} and 'so is the mean' in result.notes[0]
     result = evaluate(Nearest(), [batch('lone', gt, with_gt=False)], scale=2, metrics=metrics, device='cpu')
     assert result.means == {} and result.rows[0]['psnr'] is None and len(result.notes) == 2
+
+
+def test_scoring_in_threads_keeps_order_and_memory(monkeypatch):
+    """The first image takes longest; no more images wait for it than there are threads."""
+    loaded, order, loaded_meanwhile = [], [], []
+    true_score = evaluation.score
+
+    def slow_score(sr, gt, metrics, name):
+        assert threading.current_thread() is not threading.main_thread()
+        if name == '0':
+            time.sleep(0.3)
+            loaded_meanwhile.append(len(loaded))
+        order.append(name)
+        return true_score(sr, gt, metrics, name)
+
+    def batches():
+        for seed in range(12):
+            loaded.append(seed)
+            yield batch(str(seed), image(24, 30, seed))
+
+    monkeypatch.setattr(evaluation, 'score', slow_score)
+    monkeypatch.setattr(evaluation, '_in_threads', lambda metrics, device: True)
+    monkeypatch.setattr(evaluation.os, 'cpu_count', lambda: 2)
+    result = evaluate(Nearest(), batches(), scale=2, metrics={'psnr': PSNR}, device='cpu')
+    assert [row['image'] for row in result.rows] == [str(seed) for seed in range(12)]
+    assert [row['psnr'] for row in result.rows] == pytest.approx([nearest_psnr(image(24, 30, s)) for s in range(12)])
+    assert order[0] != '0' and loaded_meanwhile == [3]
+
+
+def test_threads_are_for_basicsrs_metrics_beside_a_gpu(monkeypatch):
+    """Metrics of others may be networks, and a thread has its own gradient mode."""
+    monkeypatch.setitem(evaluation.METRIC_REGISTRY._obj_map, 'calculate_own', lambda img, img2: 1.0)
+    own, gpu = {'own': {'type': 'calculate_own'}, 'psnr': PSNR}, torch.device('cuda')
+    assert evaluation._in_threads({'psnr': PSNR, 'ssim': SSIM}, gpu) and evaluation._in_threads({}, gpu)
+    assert not evaluation._in_threads(own, gpu) and not evaluation._in_threads({'psnr': PSNR}, torch.device('cpu'))
+    result = evaluate(Nearest(), [batch('a', image(20, 24))], scale=2, metrics=own, device='cpu')
+    assert result.means['own'] == 1
+
+
+def test_an_error_in_a_thread_ends_the_evaluation(monkeypatch):
+    monkeypatch.setattr(evaluation, '_in_threads', lambda metrics, device: True)
+    wrong = {**batch('b', image(20, 24)), 'gt': tensor(image(22, 24))}
+    loaded = []
+
+    def batches():
+        for number in range(40):
+            loaded.append(number)
+            yield wrong if number == 1 else batch(str(number), image(20, 24))
+
+    with pytest.raises(UserError, match='b: the output is 24x20x3, its ground truth 24x22x3'):
+        evaluate(Nearest(), batches(), scale=2, metrics={'psnr': PSNR}, device='cpu')
+    assert len(loaded) < 20  # eight threads at most
+    assert not [thread for thread in threading.enumerate() if 'ThreadPool' in thread.name]
 
 
 def test_evaluate_saves_images_without_overwriting_namesakes(tmp_path):

@@ -220,6 +220,32 @@ def test_self_ensemble_is_the_mean_over_8_orientations(tile):
     assert (out - outs[0]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(40, 70), (9, 70), (41, 33)])
+def test_tiles_in_batches_are_tiles_one_by_one(size):
+    """Also of several images, and where the last tiles are smaller: NAFNet halves at multiples of 4."""
+    torch.manual_seed(1)
+    net = build_network({'type': 'NAFNet', **SMALL['NAFNet']}).eval()
+    shapes = []
+
+    def run(network, x):
+        assert network is net
+        shapes.append(tuple(x.shape))
+        return net(x)
+
+    x = image(2, 3, *size)
+    apart = infer(net, x, 1, tile_size=16, tile_overlap=4, run=run)
+    count = len(shapes)
+    assert all(shape[0] == 2 and max(shape[2:]) <= 16 for shape in shapes)
+    del shapes[:]
+    together = infer(net, x, 1, tile_size=16, tile_overlap=4, tile_batch_size=5, run=run)
+    assert torch.allclose(together, apart, atol=1e-6)
+    assert sum(shape[0] for shape in shapes) == 2 * count and max(shape[0] for shape in shapes) == min(10, 2 * count)
+    assert len(shapes) < count
+    turned = infer(net, x, 1, tile_size=16, tile_overlap=4, tile_batch_size=5, self_ensemble=True)
+    assert torch.allclose(turned, infer(net, x, 1, tile_size=16, tile_overlap=4, self_ensemble=True), atol=1e-6)
+
+
 def test_low_precision_outputs_are_blended_in_float32():
     out = infer(lambda x: x.bfloat16(), torch.full((1, 1, 30, 30), 0.7), 1, tile_size=10, tile_overlap=9)
     assert out.dtype == torch.bfloat16 and (out == torch.tensor(0.7).bfloat16()).all()

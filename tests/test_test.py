@@ -253,6 +253,45 @@ def test_self_ensemble_and_tiles(opt):
     assert 'tile_overlap: 20' in Path('results/run/results.md').read_text()
 
 
+def test_mixed_precision_differs_little_and_is_said(opt):
+    opt['datasets'].pop('test_2')
+    opt['network_t'], opt['path']['pretrain_network_t'] = edsr(6), 'teacher.pth'
+    assert run(opt, '--with_teacher') == 0
+    plain = means()[0]
+    opt.update(use_amp=True, amp_bf16=True, amp_networks=['student'])
+    opt['val'].update(tile_size=32, tile_overlap=28, tile_batch_size=3)
+    assert run(opt, '--with_teacher') == 0
+    fast = means()[0]
+    for network, exact in (('bicubic', True), ('student', False), ('teacher', None)):
+        before, after = plain[network]['Photos']['psnr'], fast[network]['Photos']['psnr']
+        assert exact is None or (before == after) is exact
+        assert after == pytest.approx(before, abs=0.05 if network == 'student' else 1e-4)
+    table = Path('results/run/results.md').read_text()
+    assert all(line in table for line in ('amp_bf16: True', "amp_networks: ['student']", 'tile_batch_size: 3'))
+
+
+def test_whole_images_are_not_compiled(opt, capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda *_, **__: pytest.fail('compiled'))
+    opt['datasets'].pop('test_2')
+    opt['use_compile'] = True
+    assert run(opt) == 0
+    assert 'use_compile: without effect in a test without val.tile_size' in capsys.readouterr().out
+
+
+def test_tiles_are_compiled(opt, monkeypatch):
+    calls = []
+
+    def compiler(net, **arguments):
+        calls.append(arguments['mode'])
+        return net
+
+    monkeypatch.setattr(torch, 'compile', compiler)
+    opt.update(use_compile=True, compile_mode='max-autotune')
+    opt['val']['tile_size'] = 16
+    assert run(opt) == 0
+    assert calls == ['max-autotune']
+
+
 def test_scale_1_has_no_bicubic_row(opt, capsys):
     opt['datasets'].pop('test_2')
     opt['datasets']['test_1'].update(dataroot_lq='Photos/HR', filename_tmpl='{}')
