@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from dckd_sr.data import downloads, jobs, lmdb_maker
+from dckd_sr.data import downloads, jobs, lmdb_maker, teacher_cache
 from dckd_sr.data.lr_images import make_sr, make_subimages
 from dckd_sr.data.pairs import check, make_pairs
 from dckd_sr.data.preparing import Outcome, Result, read_image, refuse_inside, some, stems_of, unfit_text
@@ -122,6 +122,14 @@ def _parser():
     sub.add_argument(
         '--filename_tmpl', type=_template, default='{}', metavar='T', help="'{}x4' for LR: keys are names without x4"
     )
+    sub.add_argument(
+        '--level',
+        type=int,
+        choices=range(10),
+        default=lmdb_maker.LEVEL,
+        metavar='N',
+        help=f'of compression ({lmdb_maker.LEVEL}); 0: about twice the size, read several times as fast',
+    )
 
     sub = command(
         'pairs',
@@ -147,6 +155,28 @@ def _parser():
     sub.add_argument('--scale', type=_integer(1), default=1, help='GT size over LQ size (1)')
     sub.add_argument('--filename_tmpl', type=_template, default='{}', metavar='T', help="LQ name, such as '{}x4'")
     sub.add_argument('--gt_size', type=_integer(1), default=1, metavar='N', help='the training patch')
+
+    sub = command(
+        'teacher_cache',
+        teacher_cache.make,
+        "the teacher's outputs of the training images",
+        'Writes the LMDB that datasets.train.teacher_cache of an option file names: what network_t makes of every '
+        'whole image, for trainings that need not run it again. val.tile_size saves memory.',
+        workers=False,
+    )
+    sub.add_argument('-opt', '--opt', required=True, metavar='FILE', help='option file of the training')
+    sub.add_argument('--force_yml', nargs='+', default=(), metavar='A:B=VALUE', help='set keys of the file')
+    sub.add_argument(
+        '--format',
+        choices=teacher_cache.FORMATS,
+        default='uint8',
+        help='uint8 (default): 3 bytes a pixel, rounded; float16: 6, as good as the teacher itself',
+    )
+    sub.add_argument(
+        '--self_ensemble',
+        action='store_true',
+        help='mean over the 8 flips and transpositions of each image, which training turns, too; 8 times the work',
+    )
 
     sub = command(
         'download',
@@ -183,12 +213,14 @@ def make_lmdb(args):
     """``lmdb``: a folder as BasicSR's LMDB."""
     keys = {_key(stem, args): os.path.join(args.images, name) for stem, name in stems_of(args.images).items()}
     refuse_inside([args.out], [args.images])
-    stamps = {key: jobs.stamp(path) for key, path in keys.items()}
+    settings = () if args.level == lmdb_maker.LEVEL else (args.level,)
+    stamps = {key: jobs.stamp(path, *settings) for key, path in keys.items()}
     if lmdb_maker.is_made(args.out, stamps):
         return Result(f'{args.out}: {len(keys)} images, was ready')
     result = Result()
-    encoded = jobs.run(_encode, list(keys.items()), args.workers, args.command)
-    count = lmdb_maker.write(args.out, _fit(encoded, result), stamps, result.problems)
+    todo = [(key, path, args.level) for key, path in keys.items()]
+    encoded = jobs.run(_encode, todo, args.workers, args.command)
+    count = lmdb_maker.write(args.out, _fit(encoded, result), stamps, result.problems, args.level)
     result.summary = f'{args.out}: {count} images' if count else f'{args.out} not made{unfit_text(result)}'
     return result
 
@@ -202,11 +234,11 @@ def _key(stem, args):
 
 def _encode(item):
     """(key, PNG file, shape) of an image, or the Outcome that tells what is wrong."""
-    key, path = item
+    key, path, level = item
     try:
         image, alpha = read_image(path)
         outcome = Outcome(alpha=alpha and os.path.basename(path))
-        return outcome, key, jobs.encode_png(image, path, lmdb_maker.LEVEL), image.shape
+        return outcome, key, jobs.encode_png(image, path, level), image.shape
     except UserError as error:
         return Outcome(problem=str(error)), key, b'', ()
 

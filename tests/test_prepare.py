@@ -18,6 +18,7 @@ from PIL import Image
 
 from dckd_sr import prepare
 from dckd_sr.data import downloads, jobs
+from dckd_sr.data.files import read_lmdb
 from dckd_sr.data.sr_image_dataset import SRImageDataset
 from dckd_sr.ops.resize import imresize
 
@@ -362,6 +363,25 @@ def test_lmdb_keys_of_lr_names(tmp_path):
     assert Path('LR.lmdb/meta_info.txt').read_text() == 'baby.png (8,8,1) 1\n'
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_lmdb_without_compression(tmp_path, capsys, dtype):
+    """The same images, each as large as its pixels."""
+    image = photo(64, 64, dtype=dtype)
+    save('in/a.png', image)
+    run('lmdb', 'in', 'plain.lmdb', '--level', 0)
+    run('lmdb', 'in', 'packed.lmdb')
+    plain, packed = read_lmdb('plain.lmdb', 'a'), read_lmdb('packed.lmdb', 'a')
+    assert len(packed) < len(plain) and image.nbytes < len(plain) < image.nbytes + 1000
+    for content in (plain, packed):
+        decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert decoded.dtype == dtype and np.array_equal(decoded, image)
+    assert Path('plain.lmdb/meta_info.txt').read_text() == 'a.png (64,64,3) 0\n'
+    run('lmdb', 'in', 'plain.lmdb', '--level', 0)
+    assert 'was ready' in capsys.readouterr().out
+    run('lmdb', 'in', 'plain.lmdb', code=2)
+    assert 'made of other images, or at another level' in capsys.readouterr().err
+
+
 def test_lmdb_grows(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(3):
@@ -557,7 +577,7 @@ def test_every_command_of_the_readme_runs(tmp_path, capsys):
     for kind in ('gt', 'lq'):
         save(f'datasets/mine/{kind}/1.png', photo(256, 256))
     for command in commands:
-        if command[0] != 'download':
+        if command[0] not in ('download', 'teacher_cache'):  # tests/data/test_teacher_cache.py runs the latter
             run(*command)
     assert len(names('datasets/DF2K/HR_sub')) == 4 and names('datasets/DF2K/LR_bicubic') == ['X4_sub']
     assert names('datasets/GoPro/train/gt_sub') == names('datasets/GoPro/train/lq_sub')

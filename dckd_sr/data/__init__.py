@@ -12,7 +12,7 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from dckd_sr.data import repairs
+from dckd_sr.data import repairs, teacher_cache
 from dckd_sr.data.sampler import Stage, TrainSampler
 from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, reason
@@ -60,6 +60,8 @@ def build_train_loader(
     dataset = _build('train', options)
     if len(dataset) == 0:
         raise UserError(f'datasets.train ({options["name"]}) has no images')
+    if options.get('teacher_cache'):
+        teacher_cache.check(opt, dataset)
     stages = _stages(options, batch_size)
     accum_iter = (opt.get('train') or {}).get('accum_iter', 1)
     sampler = TrainSampler(len(dataset), stages, world_size, rank, seed, start_iteration, ratio, accum_iter)
@@ -68,7 +70,7 @@ def build_train_loader(
         SeededDataset(dataset, seed),
         batch_sampler=sampler,
         num_workers=workers,
-        pin_memory=_pin_memory(options),
+        pin_memory=_pin_memory(options, default=True),
         persistent_workers=workers > 0,
         prefetch_factor=max(2, queue) if workers else None,
         worker_init_fn=_init_worker,
@@ -106,7 +108,7 @@ def build_val_loader(opt: dict[str, Any], name: str) -> DataLoader:
         batch_size=1,
         sampler=range(opt.get('rank', 0), len(dataset), opt.get('world_size', 1)),
         num_workers=workers,
-        pin_memory=_pin_memory(options),
+        pin_memory=_pin_memory(options, default=False),
         persistent_workers=bool(options.get('persistent_workers')) and workers > 0,
         worker_init_fn=_init_worker,
         generator=_own_generator(seed),
@@ -174,9 +176,10 @@ def _number(options, key, default, least=0):
     return value
 
 
-def _pin_memory(options):
-    wanted = options.get('pin_memory') or options.get('prefetch_mode') == 'cuda'
-    return bool(wanted) and torch.cuda.is_available()
+def _pin_memory(options, default):
+    """Copies from pinned memory do not wait. Training batches are of one size, so that its pages are used again."""
+    wanted = default if options.get('pin_memory') is None else options['pin_memory']
+    return bool(wanted or options.get('prefetch_mode') == 'cuda') and torch.cuda.is_available()
 
 
 def _own_generator(seed):

@@ -77,7 +77,12 @@ def lmdb_keys(folder: str) -> list[str]:
 
 
 def read_lmdb(folder: str, key: str) -> bytes:
-    """The value of a key.
+    """A copy of the value of a key. Raises UserError as `view_lmdb`."""
+    return bytes(view_lmdb(folder, key))
+
+
+def view_lmdb(folder: str, key: str) -> memoryview:
+    """The value of a key in the file itself, which is mapped into memory: only what is looked at is read.
 
     Each folder is opened once per process, however many datasets read it: LMDB refuses to open it twice, in a forked
     worker as well if the parent has it open; there the inherited handle is closed first.
@@ -88,7 +93,7 @@ def read_lmdb(folder: str, key: str) -> bytes:
     import lmdb
 
     path, process = os.path.realpath(folder), os.getpid()
-    owner, environment = _environments.get(path, (None, None))
+    owner, environment, transaction = _environments.get(path, (None, None, None))
     if owner != process:
         if environment is not None:
             environment.close()
@@ -101,15 +106,16 @@ def read_lmdb(folder: str, key: str) -> bytes:
         needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
         if found < needed:
             raise UserError(f'{folder} is truncated: data.mdb has {found} bytes of {needed}')
-        _environments[path] = process, environment
-    with environment.begin() as transaction:
-        value = transaction.get(key.encode('utf-8'))
+        # Open for good: values are valid as long as it is, and nobody writes.
+        transaction = environment.begin(buffers=True)
+        _environments[path] = process, environment, transaction
+    value = transaction.get(key.encode('utf-8'))
     if value is None:
         raise UserError(f'{folder} has no key {key!r}')
     return value
 
 
-_environments = {}  # folder -> (process id, lmdb.Environment)
+_environments = {}  # folder -> (process id, lmdb.Environment, lmdb.Transaction)
 
 
 def _name_of(line):

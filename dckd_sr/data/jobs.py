@@ -149,8 +149,11 @@ def write_png(image: np.ndarray, path: str, replace: bool = False) -> None:
 
 
 def encode_png(image: np.ndarray, name: str, level: int = 3) -> bytes:
-    """PNG file of (h, w, c), 8 or 16 bit; ``level`` is zlib's, 3 as in BasicSR's scripts."""
-    done, content = cv2.imencode('.png', image, [cv2.IMWRITE_PNG_COMPRESSION, level])
+    """PNG file of (h, w, c), 8 or 16 bit; ``level`` is zlib's, 3 as in BasicSR's scripts, 0 for no compression."""
+    settings = [cv2.IMWRITE_PNG_COMPRESSION, level]
+    if hasattr(cv2, 'IMWRITE_PNG_FILTER'):  # OpenCV 4.11; the other filters make files no smaller and slower to read
+        settings += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FAST_FILTERS if level else cv2.IMWRITE_PNG_FILTER_NONE]
+    done, content = cv2.imencode('.png', image, settings)
     if not done:
         raise UserError(f'cannot encode {name}')
     return content.tobytes()

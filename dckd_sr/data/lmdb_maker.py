@@ -19,7 +19,7 @@ from dckd_sr.data.files import lmdb_keys
 from dckd_sr.errors import UserError
 
 MAP_SIZE = 2**28  # to begin with
-LEVEL = 1  # of PNG compression: fast to read
+LEVEL = 1  # of PNG compression
 _BATCH = 64  # images per transaction
 _LONGEST_KEY = 511  # bytes, LMDB's own limit
 
@@ -43,7 +43,7 @@ def is_made(folder: str, stamps: dict[str, Any]) -> bool:
     with contextlib.suppress(OSError, ValueError, UserError), open(_stamps(folder), encoding='utf-8') as file:
         if json.load(file) == stamps and set(lmdb_keys(folder)) == set(stamps):
             return True
-    raise UserError(f'{folder} exists and was made of other images: name another, or remove it')
+    raise UserError(f'{folder} exists and was made of other images, or at another level: name another, or remove it')
 
 
 def _stamps(folder):
@@ -51,7 +51,11 @@ def _stamps(folder):
 
 
 def write(
-    folder: str, images: Iterable[tuple[str, bytes, tuple[int, ...]]], stamps: dict[str, Any], problems: list[str]
+    folder: str,
+    images: Iterable[tuple[str, bytes, tuple[int, ...]]],
+    stamps: dict[str, Any],
+    problems: list[str],
+    level: int = LEVEL,
 ) -> int:
     """Write all images to a temporary folder, which gets its name at the end.
 
@@ -59,6 +63,7 @@ def write(
         images: (key, PNG file, (h, w, c)).
         stamps: see `is_made`.
         problems: filled while ``images`` is read; if anything is in it at the end, no LMDB is made.
+        level: of compression, for the list of images.
 
     Returns:
         number of images; 0 if there were problems.
@@ -76,7 +81,7 @@ def write(
             if problems:
                 return 0
             with open(os.path.join(temporary, 'meta_info.txt'), 'w', encoding='utf-8') as file:
-                file.writelines(f'{key}.png ({h},{w},{c}) {LEVEL}\n' for key, (h, w, c) in sorted(lines.items()))
+                file.writelines(f'{key}.png ({h},{w},{c}) {level}\n' for key, (h, w, c) in sorted(lines.items()))
             with open(_stamps(temporary), 'w', encoding='utf-8') as file:
                 json.dump(stamps, file)
             os.rename(temporary, folder)
@@ -94,14 +99,14 @@ def _fill(folder, images):
             shapes[key] = shape
             batch.append((key.encode('utf-8'), content))
             if len(batch) == _BATCH:
-                _put(environment, batch)
+                put(environment, batch)
                 batch = []
-        _put(environment, batch)
+        put(environment, batch)
     return shapes
 
 
-def _put(environment, batch):
-    """The map grows when it is full: how much PNG files need is not known before."""
+def put(environment: lmdb.Environment, batch: list[tuple[bytes, bytes]]) -> None:
+    """Write (key, value) pairs at once. The map grows when it is full: how much PNG files need is not known before."""
     while True:
         try:
             with environment.begin(write=True) as transaction:

@@ -16,7 +16,7 @@ from basicsr.data.transforms import paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
 
 from dckd_sr.data.files import decode, find_partners
-from dckd_sr.data.sr_image_dataset import SRImageDataset
+from dckd_sr.data.sr_image_dataset import SRImageDataset, listed
 from dckd_sr.errors import UserError
 
 SIGMA_TYPES = ('constant', 'random', 'choice')
@@ -36,13 +36,16 @@ class Dataset_PairedImage(SRImageDataset):
         UserError: as `SRImageDataset`.
     """
 
-    def _crop(self, gt, lq, paths):
-        below, right = (max(0, self.gt_size - side) for side in gt.shape[:2])
+    draws_from_numpy = False
+
+    def _crop(self, gts, lq, paths):
+        below, right = (max(0, self.gt_size - side) for side in lq.shape[:2])
+        images = [*gts, lq]
         if below or right:
-            gt, lq = (np.pad(image, ((0, below), (0, right), (0, 0)), 'symmetric') for image in (gt, lq))
-        gt, lq = paired_random_crop(gt, lq, self.gt_size, self.scale, paths['gt_path'])
+            images = [np.pad(image, ((0, below), (0, right), (0, 0)), 'symmetric') for image in images]
+        gts, lq = paired_random_crop(images[:-1], images[-1], self.gt_size, self.scale, paths['gt_path'])
         mode = random.randint(0, 7) if self.opt.get('geometric_augs', True) else 0
-        return [flip_and_rotate(image, mode) for image in (gt, lq)]
+        return [flip_and_rotate(image, mode) for image in (*listed(gts), lq)]
 
 
 def flip_and_rotate(image: np.ndarray, mode: int) -> np.ndarray:
@@ -68,6 +71,8 @@ class Dataset_GaussianDenoising(Dataset_PairedImage):
     Raises:
         UserError: as `Dataset_PairedImage`, or a noise that is none of these.
     """
+
+    takes_teacher_cache = False  # its LQ is another one each time
 
     def _check(self):
         self.lq_folder = self.gt_folder  # SRImageDataset wants one at scale 1
@@ -107,8 +112,8 @@ class Dataset_GaussianDenoising(Dataset_PairedImage):
     def _low(self, gt, region=None):
         return gt
 
-    def _crop(self, gt, lq, paths):
-        return super()._crop(gt, gt, paths)
+    def _crop(self, gts, lq, paths):
+        return super()._crop(gts, gts[0], paths)
 
 
 @DATASET_REGISTRY.register()
@@ -122,6 +127,8 @@ class Dataset_DefocusDeblur_DualPixel_16bit(Dataset_PairedImage):
     Raises:
         UserError: as `Dataset_PairedImage`.
     """
+
+    takes_teacher_cache = False  # made of two images
 
     def __init__(self, opt: dict[str, Any]):
         self.right_folder = opt.get('dataroot_lqR')

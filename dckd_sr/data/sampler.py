@@ -70,6 +70,8 @@ class TrainSampler(Sampler):
         self.start_iteration = start_iteration
         self.iterations_per_epoch = math.ceil(length * enlarge_ratio / (stages[0].batch_size * world_size * accum_iter))
         self._orders: dict[int, np.ndarray] = {}
+        # RandomState: numpy keeps its streams over versions, which it does not promise for Generator.
+        self._random = np.random.RandomState(0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int | None]]]:
         iteration = self.start_iteration
@@ -101,7 +103,7 @@ class TrainSampler(Sampler):
         if turn not in self._orders:
             for old in [known for known in self._orders if known < turn - 1]:
                 del self._orders[old]
-            # RandomState: numpy keeps its streams over versions, which it does not promise for Generator.
             key = seed_of(self.seed, 'order', turn)
-            self._orders[turn] = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(self.length)
+            self._random.seed([key & 0xFFFFFFFF, key >> 32])
+            self._orders[turn] = self._random.permutation(self.length)
         return int(self._orders[turn][row])

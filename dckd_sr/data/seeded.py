@@ -29,7 +29,8 @@ class SeededDataset(Dataset):
     """Draws of sample ``position`` come from (seed, 'data', position) alone, whoever loads it and whenever.
 
     BasicSR's worker seeds repeat every epoch and depend on the number of workers. Here random, numpy and torch (CPU)
-    are seeded before each sample and put back after it. Other attributes, such as ``opt``, are the wrapped dataset's.
+    are seeded before each sample and put back after it; numpy is left alone for a class that says ``draws_from_numpy =
+    False``. Other attributes, such as ``opt``, are the wrapped dataset's.
 
     Args:
         dataset: any map-style dataset.
@@ -39,6 +40,8 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
+        # Saving numpy's state takes longer than a patch from memory. A derived class may draw from it: not inherited.
+        self._numpy = vars(type(dataset)).get('draws_from_numpy', True)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -59,10 +62,11 @@ class SeededDataset(Dataset):
         position, index, *gt_size = key if isinstance(key, tuple) else (key, key)
         if gt_size and gt_size[0] is not None:
             self.dataset.opt['gt_size'] = self.dataset.gt_size = gt_size[0]  # BasicSR reads the former, ours the latter
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        before = random.getstate(), np.random.get_state() if self._numpy else None, torch.get_rng_state()
         seed = seed_of(self.seed, 'data', position)
         random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
+        if self._numpy:
+            np.random.seed(seed & 0xFFFFFFFF)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
         try:
             return self.dataset[index]
@@ -72,7 +76,8 @@ class SeededDataset(Dataset):
             raise DataError(self._explain(index, error)) from error
         finally:
             random.setstate(before[0])
-            np.random.set_state(before[1])
+            if self._numpy:
+                np.random.set_state(before[1])
             torch.set_rng_state(before[2])
 
     def _explain(self, index, error):

@@ -6,13 +6,15 @@ import os
 import random
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
 from basicsr.data.transforms import augment, paired_random_crop
-from basicsr.utils import img2tensor
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from dckd_sr.data.files import decode, find_partners, image_names, lmdb_keys, meta_info_names, read_bytes, read_lmdb
+from dckd_sr.data.teacher_cache import TeacherCache
 from dckd_sr.errors import UserError
 from dckd_sr.ops.resize import CONVENTIONS, imresize, modcrop
 
@@ -20,6 +22,8 @@ from dckd_sr.ops.resize import CONVENTIONS, imresize, modcrop
 @DATASET_REGISTRY.register()
 class SRImageDataset(Dataset):
     """Images as {'lq', 'gt': float32 (3, h, w) RGB in [0, 1], 'lq_path', 'gt_path'}, BasicSR's layout.
+
+    With ``teacher_cache`` also 'teacher', the teacher's output where 'gt' was cut out, in [0, 1] or a little beyond.
 
     Training: a random crop with flips and rotations, drawn as BasicSR's PairedImageDataset draws them (the same random
     state gives the same patch). Otherwise whole images; GT is cut to scale times the LQ.
@@ -37,11 +41,15 @@ class SRImageDataset(Dataset):
             gt_size (int): side of the GT crop, training only.
             use_hflip, use_rot (bool, true): augmentation, training only.
             cache (str, optional): 'ram' decodes everything once, when built.
+            teacher_cache (str, optional): LMDB of the teacher's outputs, see ``data.teacher_cache``; training only.
 
     Raises:
         UserError: a wrong option, a missing file or partner; when indexed: a file that is unreadable, too small or of
             another size than its partner needs. The message names it.
     """
+
+    takes_teacher_cache = True
+    draws_from_numpy = False
 
     def __init__(self, opt: dict[str, Any]):
         self.opt = opt
@@ -54,6 +62,9 @@ class SRImageDataset(Dataset):
         self.gt_size = opt.get('gt_size')
         self._check()
         self.paths = self._lmdb_paths() if self.backend == 'lmdb' else self._file_paths()
+        self.teacher_cache = None
+        if self.train and self.takes_teacher_cache and opt.get('teacher_cache'):
+            self.teacher_cache = TeacherCache(opt['teacher_cache'])
         self.cached = opt.get('cache') == 'ram'
         self._images = [self._load(index) for index in range(len(self.paths))] if self.cached else None
 
@@ -103,10 +114,9 @@ class SRImageDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, lq = self._images[index] if self.cached else self._load(index)
         paths = self.paths[index]
-        gt, lq = self._crop(gt, lq, paths) if self.train else (gt, self._low(gt) if lq is None else lq)
-        # HWC BGR integers -> CHW RGB in [0, 1]
-        gt, lq = img2tensor([_to_float(gt), _to_float(lq)], bgr2rgb=True, float32=True)
-        return {'lq': lq, 'gt': gt, **paths}
+        gts = [gt] if self.teacher_cache is None else [gt, self.teacher_cache.read(index, gt.shape)]
+        *gts, lq = self._crop(gts, lq, paths) if self.train else (gt, self._low(gt) if lq is None else lq)
+        return {**dict(zip(('lq', 'gt', 'teacher'), map(_to_tensor, (lq, *gts)))), **paths}
 
     def _load(self, index):
         """GT and LQ of one sample, cut to sizes that belong together; LQ None if it is made from the GT when needed."""
@@ -136,8 +146,9 @@ class SRImageDataset(Dataset):
     def _low(self, gt, region=None):
         return imresize(gt, 1 / self.scale, self.convention, region)
 
-    def _crop(self, gt, lq, paths):
-        size = self.gt_size // self.scale
+    def _crop(self, gts, lq, paths):
+        """Patches of the GT and of images like it, at one place and turned alike, and of the LQ."""
+        gt, size = gts[0], self.gt_size // self.scale
         height, width = gt.shape[0] // self.scale, gt.shape[1] // self.scale
         if height < size or width < size:
             raise UserError(
@@ -149,13 +160,30 @@ class SRImageDataset(Dataset):
             top, left = random.randint(0, height - size), random.randint(0, width - size)
             lq = self._low(gt, (top, left, size, size))
             top, left = top * self.scale, left * self.scale
-            gt = gt[top : top + self.gt_size, left : left + self.gt_size]
+            gts = [image[top : top + self.gt_size, left : left + self.gt_size] for image in gts]
         else:
-            gt, lq = paired_random_crop(gt, lq, self.gt_size, self.scale, paths['gt_path'])
+            gts, lq = paired_random_crop(gts, lq, self.gt_size, self.scale, paths['gt_path'])
         # BasicSR flips in place: not in the cached image.
-        patches = [np.ascontiguousarray(gt).copy(), np.ascontiguousarray(lq).copy()]
+        patches = [np.array(image, order='C') for image in (*listed(gts), lq)]
         return augment(patches, self.opt.get('use_hflip', True), self.opt.get('use_rot', True))
 
 
-def _to_float(image):
-    return image.astype(np.float32) / np.iinfo(image.dtype).max
+def listed(images):
+    """A list of one comes back from BasicSR as the image."""
+    return images if isinstance(images, list) else [images]
+
+
+def _to_tensor(image):
+    """(h, w, c), integers or floats -> (c, h, w) float32, white at 1; three channels are turned from BGR to RGB."""
+    white = _WHITE.get(image.dtype.name)
+    if white is None:
+        image = image.astype(np.float32)
+    if image.shape[2] == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # a quarter of the bytes that it would be as floats
+    if white is not None:
+        image = image.astype(np.float32)
+        image /= white
+    return torch.from_numpy(image.transpose(2, 0, 1))
+
+
+_WHITE = {'uint8': 255, 'uint16': 65535}

@@ -12,6 +12,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from dckd_sr import checkpoint
 from dckd_sr.ops.history import average_
 from dckd_sr.ops.mixup import mixup
+from dckd_sr.option_keys import OWN_WEIGHTS
 from dckd_sr.speed import Speed
 
 
@@ -53,7 +54,7 @@ class KDModel(SRModel):
             if path is not None:
                 strict, key = self.opt['path'].get('strict_load_t', True), self.opt['path'].get('param_key_t')
                 checkpoint.load_network(self.net_t, path, strict, key)
-            elif self.opt['network_t']['type'] != 'spandrel':  # that one is built with its weights
+            elif self.opt['network_t']['type'] not in OWN_WEIGHTS:
                 get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
         self.cri_pix = self.build_criterion('pixel_opt')
         self.cri_perceptual = self.build_criterion('perceptual_opt')

@@ -15,15 +15,19 @@ from dckd_sr.ops.seeding import seed_of
 OPERATIONS = ('i', 'h', 'v', 't')
 
 
-def draw_flags(prob: float, batch: int, seed: int, iteration: int, first_index: int = 0) -> dict[str, torch.Tensor]:
+def draw_flags(
+    prob: float, batch: int, seed: int, iteration: int, first_index: int = 0, purpose: str = 'lcr'
+) -> dict[str, torch.Tensor]:
     """Decide for every sample and operation, each with probability ``prob``, keyed by the global sample index.
+
+    Draws of another ``purpose`` are other draws.
 
     Returns:
         {'i', 'h', 'v', 't'} -> bool tensor (batch,) on the CPU.
     """
     rows = []
     for sample in range(first_index, first_index + batch):
-        u = random.Random(seed_of(seed, 'lcr', iteration, sample)).random
+        u = random.Random(seed_of(seed, purpose, iteration, sample)).random
         rows.append([u() < prob for _ in OPERATIONS])
     table = torch.tensor(rows, dtype=torch.bool).reshape(batch, len(OPERATIONS))
     return {op: table[:, column].clone() for column, op in enumerate(OPERATIONS)}
@@ -46,8 +50,8 @@ def invert(x: torch.Tensor, flags: dict[str, torch.Tensor]) -> torch.Tensor:
 def _in_order(x, flags, operations):
     if x.shape[-1] != x.shape[-2] and bool(flags['t'].any()):
         raise UserError(
-            f'label consistency (lcr_opt) transposes patches, which must be square, but they are '
-            f'{x.shape[-2]}x{x.shape[-1]}: use square crops or remove lcr_opt'
+            f'label consistency (lcr_opt, dukd_opt) transposes patches, which must be square, but they are '
+            f'{x.shape[-2]}x{x.shape[-1]}: use square crops or remove the block'
         )
     # Both branches for every sample, then a choice: no index list, so the host never waits for the device.
     on_device = {op: flags[op].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for op in operations}

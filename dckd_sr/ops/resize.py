@@ -45,8 +45,8 @@ def imresize(
         raise ValueError(f'image is (h, w[, c]) of uint8, uint16 or float, got {image.shape} {image.dtype}')
     if scale <= 0:
         raise ValueError(f'scale is positive, got {scale}')
-    weights_y, rows = _contributions(image.shape[0], float(scale))
-    weights_x, columns = _contributions(image.shape[1], float(scale))
+    weights_y, rows = contributions(image.shape[0], float(scale))
+    weights_x, columns = contributions(image.shape[1], float(scale))
     if region is not None:
         top, left, height, width = region
         if top < 0 or left < 0 or height < 1 or width < 1 or top + height > len(rows) or left + width > len(columns):
@@ -79,8 +79,8 @@ def _round(values, dtype):
 
 
 @lru_cache(maxsize=64)
-def _contributions(length, scale):
-    """Weights and 0-based input indices, both (output length, taps)."""
+def contributions(length: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and 0-based input indices of every output pixel along one axis, both (output length, taps); read-only."""
     out_length = math.ceil(length * scale)
     width = 4 / min(scale, 1)
     # Position of every output pixel on the input's axis, pixels counted from 1 as MATLAB does.

@@ -262,3 +262,18 @@ def test_workers_leave_group_signals_to_the_main_process_and_end_with_it(opt):
     while any(os.path.exists(f'/proc/{pid}/stat') for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(os.path.exists(f'/proc/{pid}/stat') for pid in workers)
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_pinned_memory_is_for_training_on_gpus(opt, monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: there)
+    data = opt['datasets']
+
+    def pinned():
+        return build_train_loader(opt, 3)[0].pin_memory, build_val_loader(opt, 'val').pin_memory
+
+    assert pinned() == (there, False)
+    data['train']['pin_memory'], data['val']['pin_memory'] = False, True
+    assert pinned() == (False, there)
+    data['train']['prefetch_mode'] = 'cuda'
+    assert pinned() == (there, there)

@@ -83,3 +83,30 @@ def test_message_survives_a_dataloader_worker():
     wrapped += f'dckd_sr.data.seeded.DataError: {text}\n'
     assert str(DataError(wrapped)) == text and str(DataError(text)) == text
     assert str(pickle.loads(pickle.dumps(DataError(text)))) == text
+
+
+def test_numpy_is_left_alone_only_for_a_class_that_says_so():
+    """A class derived from one that does not draw from numpy may draw from it."""
+
+    class Plain(Dataset):
+        draws_from_numpy = False
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return random.random(), np.random.random_sample(), torch.rand(()).item()
+
+    class Derived(Plain):
+        pass
+
+    def draws(kind, seed):
+        np.random.seed(seed)
+        return SeededDataset(kind(), 5)[(0, 0)], np.random.random_sample()
+
+    np.random.seed(1)
+    first, second = np.random.random_sample(2)
+    seeded, after = draws(Derived, 1)
+    assert draws(Derived, 2)[0] == seeded and after == first
+    plain, after = draws(Plain, 1)
+    assert plain[1] == first and after == second and (plain[0], plain[2]) == (seeded[0], seeded[2])

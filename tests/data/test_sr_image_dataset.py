@@ -105,6 +105,20 @@ def test_set5_lq_made_from_gt_equals_matlabs(tmp_path):
         assert ours['gt'].shape[1] == 3 * ours['lq'].shape[1] and ours['gt'].shape[2] == 3 * ours['lq'].shape[2]
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_the_cache_holds_what_the_files_hold(folders, dtype):
+    """A quarter of the memory that samples would take; what workers share is not written to."""
+    for path in folders.glob('*/*.png'):
+        cv2.imwrite(str(path), cv2.imread(str(path)).astype(dtype))
+    cached = build(folders, cache='ram')
+    images = [image for pair in cached._images for image in pair]
+    assert {image.dtype for image in images} == {np.dtype(dtype)}
+    before = [image.copy() for image in images]
+    for seed in range(6):
+        sample(cached, seed % 3, seed)
+    assert all(np.array_equal(image, old) for image, old in zip(images, before))
+
+
 def test_augmentation_never_touches_the_cache(folders):
     for lq in (str(folders / 'lq'), None):
         cached, fresh = build(folders, cache='ram', dataroot_lq=lq), build(folders, dataroot_lq=lq)
