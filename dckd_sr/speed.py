@@ -1,7 +1,7 @@
 """How the networks of a step run: precision, memory format, compilation, activation checkpointing.
 
-Everything here is off unless the option file asks for it; `docs/performance.md` says what each brings. Losses are
-computed in float32 whatever the networks run in.
+What changes more than rounding is off unless the option file asks for it; `docs/performance.md` says what each brings.
+Losses are computed in float32 whatever the networks run in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dckd_sr.errors import reason
+from dckd_sr.ops import winograd
 
 ROLES = ('student', 'teacher', 'history', 'encoder')
 
@@ -44,7 +45,7 @@ class Speed:
         self.compile_mode = (opt.get('compile_mode') or 'default') if opt.get('use_compile') else None
         scaled = self.dtype == torch.float16 and {'student', 'encoder'} & set(self.amp)  # gradients pass through these
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        self._compiled = {}
+        self._compiled, self._uncompiled = {}, set()
         # torch leaves TF32 on for convolutions; float32 means float32 here.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(opt.get('use_tf32'))
 
@@ -53,12 +54,20 @@ class Speed:
 
         Activation checkpointing is for the student, whose activations wait for the backward pass.
         """
+        if role != 'student' and self.device.type == 'cpu':
+            winograd.speed_up(net)
         if role in self.channels_last:
             net.to(memory_format=torch.channels_last)
         if role == 'student' and self.checkpointing:
             for block in _blocks(net):
                 block.forward = functools.partial(_recomputed, block.forward)
         return net
+
+    def keep_uncompiled(self, role: str, why: str):
+        """Run the networks of a role as they are, whatever the option file asks for: their hooks must be called."""
+        self._uncompiled.add(role)
+        if self.compile_mode is not None:
+            get_root_logger().warning(f'use_compile: the {role} is not compiled, because {why}')
 
     def begin_step(self):
         """Say that what compiled networks returned in the last step is not needed any more."""
@@ -76,7 +85,8 @@ class Speed:
         if role in self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with self._autocast(role):
-            out = net(x, **arguments) if self.compile_mode is None else self._run_compiled(role, net, x, arguments)
+            plain = self.compile_mode is None or role in self._uncompiled
+            out = net(x, **arguments) if plain else self._run_compiled(role, net, x, arguments)
         half = isinstance(out, torch.Tensor) and out.dtype in (torch.float16, torch.bfloat16)
         return out.float() if half else out
 

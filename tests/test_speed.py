@@ -144,8 +144,8 @@ def test_float16_lowers_its_scale_after_an_overflow_and_moves_nothing():
 def test_gradients_are_those_of_the_unscaled_loss():
     scaled, plain = model_with(use_amp=True, amp_networks=['encoder']), model_with()
     scaled.run.scaler.load_state_dict({**scaled.run.scaler.state_dict(), 'scale': 4096.0})
-    gradients = step(scaled)[1], step(plain)[1]
-    assert torch.allclose(*gradients, atol=1e-2 * gradients[1].abs().max())
+    found, expected = step(scaled)[1], step(plain)[1]
+    assert (found - expected).norm() < 0.02 * expected.norm()  # unscaled it would be thousands
 
 
 def test_the_scale_is_part_of_the_state():
