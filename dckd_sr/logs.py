@@ -4,6 +4,7 @@ basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_log
 """
 
 import contextlib
+import json
 import logging
 import logging.handlers
 
@@ -11,6 +12,7 @@ from basicsr.utils import logger as basicsr_logger
 from basicsr.utils.dist_util import get_dist_info
 from tqdm import tqdm
 
+from dckd_sr import checkpoint
 from dckd_sr.errors import UserError, reason
 
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s: %(message)s')
@@ -63,6 +65,46 @@ def start(log_file=None, bar=False):
     logger.propagate = False
     basicsr_logger.initialized_logger['basicsr'] = True
     return logger
+
+
+class Metrics:
+    """``metrics.jsonl``: what a log line says and what would clutter it, an object a line.
+
+    Args:
+        path: the file; None (ranks other than 0) writes nothing.
+        start: the iteration that the run goes on from; what an earlier process wrote after it goes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, path, start=0):
+        self.path = path
+        if path is not None and path.exists():
+            kept = [json.dumps(row) + '\n' for row in read_metrics(path) if row['iter'] <= start]
+            checkpoint.write(''.join(kept).encode(), path)
+
+    def write(self, row):
+        """Append a dict of JSON values, with ``iter`` among them; numbers that are not finite become null."""
+        if self.path is None:
+            return
+        line = json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None))
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(line + '\n')
+        except OSError as error:
+            logging.getLogger('basicsr').warning(f'cannot write {self.path}: {error.strerror}')
+
+
+def read_metrics(path):
+    """The objects of a ``metrics.jsonl``; lines that a killed process left unfinished are passed over."""
+    rows = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get('iter'), int):
+                rows.append(row)
+    return rows
 
 
 @contextlib.contextmanager

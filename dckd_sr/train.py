@@ -138,6 +138,7 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
     val_freq = int(opt['val']['val_freq']) if opt.get('val') and val_loaders else 0
     message_logger = MessageLogger(opt, start, tb_logger)
     message_logger.max_iters = total + 1  # it takes one off, which makes the last ETA negative
+    metrics = logs.Metrics(Path(opt['path']['log']) / 'metrics.jsonl' if opt['rank'] == 0 else None, start)
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     progress = tqdm(total=total, initial=start, disable=not bar, dynamic_ncols=True, unit='it')
     batches, began, saved, stage = iter(train_loader), time.time(), start, None
@@ -186,16 +187,16 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
         if current_iter % print_freq == 0 or current_iter == total:
             losses = model.get_current_log()
             progress.set_postfix({name: f'{value:.3g}' for name, value in losses.items()})
-            message_logger(
-                {
-                    'epoch': epoch,
-                    'iter': current_iter,
-                    'lrs': model.get_current_learning_rate(),
-                    'time': iter_timer.get_avg_time(),
-                    'data_time': data_timer.get_avg_time(),
-                    **losses,
-                }
-            )
+            line = {
+                'epoch': epoch,
+                'iter': current_iter,
+                'lrs': model.get_current_learning_rate(),
+                'time': iter_timer.get_avg_time(),
+                'data_time': data_timer.get_avg_time(),
+                **losses,
+            }
+            message_logger(dict(line))  # which it empties
+            metrics.write({**line, **getattr(model, 'details', {})})
         if due:
             logger.info('Saving models and training states.')
             saved = current_iter if save(model, epoch, current_iter, opt) else saved

@@ -1,0 +1,505 @@
+"""``python -m dckd_sr.compare -opt RECIPE --methods scratch,logits,dckd --seeds 3``: methods side by side, fairly.
+
+A recipe is an option file with everything that any of the methods needs. Each method is the recipe without the blocks
+of the others: networks, data, initial weights (by seed), order of the samples, schedule and number of iterations are
+the same for all. Runs are ordinary ones under ``experiments/``; finished ones stay, those that were cut off continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dckd_sr import evaluation, option_files, options, safe_yaml, test
+from dckd_sr.errors import UserError, nearest
+from dckd_sr.option_keys import DROP_IN_LOSSES
+
+# Name -> blocks of `train`. Names are joined by +.
+METHODS = {
+    'scratch': (),
+    'logits': ('logits_opt',),
+    'dcr': ('logits_opt', 'cl_opt'),
+    'dmm': ('logits_opt', 'ce_opt'),
+    'dckd': ('logits_opt', 'cl_opt', 'ce_opt'),
+    'lcr': ('logits_opt', 'lcr_opt'),
+    'fakd': ('logits_opt', 'fakd_opt'),
+    'csd': ('csd_opt',),
+    'mclir': ('mclir_opt',),
+    'dukd': ('logits_opt', 'dukd_opt'),
+}
+# What is left out where none of these blocks is there.
+NETWORKS = {
+    'network_t': tuple(block for block in DROP_IN_LOSSES if block != 'mclir_opt'),
+    'network_his': ('cl_opt', 'mclir_opt'),
+    'network_vqgan': ('cl_opt', 'ce_opt', 'mclir_opt'),
+}
+SHOWN = {'scratch': 'Scratch', 'logits': 'Logits'}  # the others are capitals
+TEACHER = 'Teacher'
+# What is counted in iterations, and shrinks and grows with --steps.
+_COUNTED = {
+    'train': ('step', 'step_period'),
+    'scheduler': ('milestones', 'periods', 'restarts', 'T_max', 'total_steps', 'step_size', 'total_iters'),
+    'val': ('val_freq',),
+    'logger': ('print_freq', 'save_checkpoint_freq'),
+}
+
+
+@dataclass
+class Run:
+    """One training: a method with a seed.
+
+    Attributes:
+        method: its column name, as asked for.
+        options: the whole option file.
+        path: where it is written.
+    """
+
+    method: str
+    seed: int
+    options: dict
+    path: Path
+
+    @property
+    def name(self):
+        return self.options['name']
+
+
+def main(argv=None):
+    """Command line entry point.
+
+    Returns:
+        exit code: 0 done, 2 a mistake in options, paths or images (one message, no traceback), 130 interrupted.
+    """
+    about = 'Train and test distillation methods side by side, as a recipe says.'
+    parser = argparse.ArgumentParser(prog='python -m dckd_sr.compare', description=about)
+    add = parser.add_argument
+    add('-opt', '--opt', required=True, metavar='RECIPE', help='option file with the blocks of all methods')
+    add('--methods', default='scratch,logits,dckd', help=f'of {", ".join(METHODS)}, joined by + and of compare.methods')
+    add('--seeds', type=int, default=3, metavar='N', help='trainings of each method: manual_seed, manual_seed + 1, ...')
+    add('--steps', type=int, metavar='N', help='iterations; schedules and history steps shrink or grow with it')
+    add('--jobs', type=int, metavar='N', help='trainings at a time (default: one a GPU; one on the CPU)')
+    add('--force_yml', nargs='+', metavar='A:B=VALUE', help='set keys of the recipe; values are YAML')
+    try:
+        args = parser.parse_args(argv)
+        for path in compare(args.opt, args.methods.split(','), args.seeds, args.steps, args.jobs, args.force_yml):
+            print(f'  {path}')
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues', file=sys.stderr)
+        return 130
+    return 0
+
+
+def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
+    """Train, test and tabulate.
+
+    Args:
+        recipe: path of the option file, or the name of a shipped one.
+        methods: names, see `METHODS`; ``compare.methods`` of the recipe adds names of its own.
+        seeds: trainings a method.
+        steps: iterations of each, or None for the recipe's.
+        jobs: trainings at a time.
+        overrides: as --force_yml.
+
+    Returns:
+        paths of the tables.
+
+    Raises:
+        UserError: a mistake in the recipe, an unknown method, or a training that failed.
+    """
+    if seeds < 1 or (steps is not None and steps < 1) or (jobs is not None and jobs < 1):
+        raise UserError('--seeds, --steps and --jobs are at least 1')
+    file = option_files.read(recipe)
+    option_files.apply_overrides(file.options, overrides)
+    runs = plan(file.options, methods, seeds, steps)
+    folder = Path('results') / f'compare_{file.options.get("name")}'
+    for run in runs:
+        run.path = folder / 'options' / f'{run.name}.yml'
+        problems, _ = options.check(run.options)
+        if problems:
+            raise option_files.OptionError(problems, f'{recipe}, method {run.method}')
+    train_all(runs, jobs)
+    return write_tables(folder, *score(runs), runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run
+
+
+def plan(recipe, methods, seeds, steps):
+    """The runs, seed by seed, so that what is there when time is up compares all methods."""
+    recipe = copy.deepcopy(recipe)
+    own = (recipe.pop('compare', None) or {}).get('methods') or {}
+    if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
+        raise UserError('compare.methods: expected names, each with uses: [METHOD, ...] and, perhaps, force_yml: [...]')
+    methods = list(dict.fromkeys(method.strip() for method in methods if method.strip()))
+    if not methods:
+        raise UserError('--methods: no name given')
+    if steps is not None:
+        rescale(recipe, steps)
+    base = recipe.get('manual_seed') or 0
+    runs = []
+    for number, method in itertools.product(range(seeds), methods):
+        opt = method_options(recipe, method, own)
+        opt.update(name=f'{recipe.get("name")}_{slug(method)}_s{base + number}', manual_seed=base + number)
+        runs.append(Run(method, base + number, opt, Path()))
+    return runs
+
+
+def method_options(recipe, method, own=None):
+    """The recipe with the blocks of one method.
+
+    Raises:
+        UserError: no such method, or the recipe lacks one of its blocks.
+    """
+    own, opt = own or {}, copy.deepcopy(recipe)
+    entry = own.get(method, {})
+    parts = entry.get('uses', []) if method in own else method.split('+')
+    unknown = [part for part in parts if part not in METHODS]
+    if unknown:
+        known = [*METHODS, *own]
+        hint = nearest(unknown[0], known)
+        raise UserError(f"--methods: no method named '{unknown[0]}'{hint}; known: {', '.join(known)}")
+    used = set(itertools.chain.from_iterable(METHODS[part] for part in parts))
+    train = opt.get('train') or {}
+    lacking = sorted(block for block in used if not train.get(block))
+    if lacking:
+        raise UserError(f'the recipe has no train.{lacking[0]}, which the method {method} needs')
+    for block in DROP_IN_LOSSES:
+        if block not in used:
+            train.pop(block, None)
+    for network, needed_by in NETWORKS.items():
+        if not used & set(needed_by):
+            opt.pop(network, None)
+            letter = network.rpartition('_')[2]
+            for key in ('pretrain_network', 'strict_load', 'param_key'):
+                (opt.get('path') or {}).pop(f'{key}_{letter}', None)
+    option_files.apply_overrides(opt, entry.get('force_yml'))
+    return opt
+
+
+def rescale(opt, steps):
+    """Set total_iter, and everything that is counted in iterations with it, in place."""
+    train, total = opt.get('train') or {}, (opt.get('train') or {}).get('total_iter')
+    if not isinstance(total, int) or total < 1:
+        raise UserError('--steps: train.total_iter of the recipe is missing, or no whole number')
+
+    def scaled(value):
+        return max(1, round(value * steps / total)) if isinstance(value, (int, float)) else value
+
+    blocks = {'train': train, 'scheduler': train.get('scheduler'), 'val': opt.get('val'), 'logger': opt.get('logger')}
+    for name, keys in _COUNTED.items():
+        block = blocks[name] or {}
+        for key in keys:
+            if key in block:
+                block[key] = [scaled(v) for v in block[key]] if isinstance(block[key], list) else scaled(block[key])
+    periods = (train.get('scheduler') or {}).get('periods')
+    if isinstance(periods, list):
+        periods[-1] += max(0, steps - sum(periods))  # rounding must not end the schedule early
+    train['total_iter'] = steps
+    if train.get('warmup_iter', -1) > 0:
+        train['warmup_iter'] = scaled(train['warmup_iter'])
+
+
+def slug(method):
+    """A method's name as a part of file names."""
+    return re.sub(r'[^\w.-]+', '_', method).strip('_')
+
+
+def label(method):
+    """A method's name in tables."""
+    if '+' not in method and method not in METHODS:
+        return method
+    return '+'.join(SHOWN.get(part, part.upper()) for part in method.split('+'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def train_all(runs, jobs=None):
+    """Train what is not finished: as many at a time as there are GPUs, each with one of its own.
+
+    Raises:
+        UserError: a training failed; the others that were under way have ended, and no further one was started.
+    """
+    todo, gpus = queue.SimpleQueue(), torch.cuda.device_count() if runs[0].options.get('num_gpu') != 0 else 0
+    waiting = [run for run in runs if not finished(run)]
+    for run in waiting:
+        todo.put(run)
+    jobs = jobs or max(1, gpus)
+    print(f'{len(runs)} trainings, {len(runs) - len(waiting)} of them finished, {jobs} at a time', flush=True)
+    failed, stop, began, done = [], threading.Event(), time.monotonic(), itertools.count(1)
+
+    def work(slot):
+        environment = {**os.environ, **({'CUDA_VISIBLE_DEVICES': str(slot % gpus)} if gpus else {})}
+        while not stop.is_set():
+            try:
+                run = todo.get_nowait()
+            except queue.Empty:
+                return
+            started = time.monotonic()
+            code, message = train(run, environment)
+            if code:
+                failed.append((code, f'{run.name}: {message}'))
+                stop.set()
+                return
+            count, now = next(done), time.monotonic()
+            left = _duration((now - began) / count * (len(waiting) - count))
+            took = _duration(now - started)
+            print(f'{run.name}: {took}; {count} of {len(waiting)}, about {left} left', flush=True)
+
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(min(jobs, len(waiting)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # waits for seconds only, so that Ctrl-C is heard
+    except KeyboardInterrupt:
+        stop.set()  # the trainings have heard the signal, too, and save
+        for thread in threads:
+            thread.join()
+        raise
+    if any(code in (130, 143) for code, _ in failed):
+        raise KeyboardInterrupt
+    if failed:
+        raise UserError(failed[0][1])
+
+
+def finished(run):
+    """Whether this very run is at its end; its option file is the record of what was run."""
+    same = run.path.is_file() and run.path.read_text(encoding='utf-8') == safe_yaml.dump(run.options)
+    return same and _weights(run).is_file()
+
+
+def _weights(run):
+    folder = Path('experiments') / run.name / 'models'
+    suffix = (run.options.get('logger') or {}).get('save_checkpoint_format', 'pth')
+    plain = folder / f'net_g_latest.{suffix}'
+    averaged = folder / f'net_g_ema_latest.{suffix}'  # safetensors files have one network each
+    return averaged if averaged.is_file() else plain
+
+
+def train(run, environment):
+    """One training as a process of its own.
+
+    Returns:
+        (exit code, its last message).
+    """
+    text = safe_yaml.dump(run.options)
+    again = run.path.is_file() and run.path.read_text(encoding='utf-8') == text
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    if not again:
+        _weights(run).unlink(missing_ok=True)
+        run.path.write_text(text, encoding='utf-8')
+    command = [sys.executable, '-m', 'dckd_sr.train', '-opt', str(run.path), *(['--auto_resume'] if again else [])]
+    log = run.path.with_suffix('.log')
+    with open(log, 'a', encoding='utf-8') as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
+    errors = [line for line in lines if line.startswith('error: ')] or lines
+    return code, f'{errors[-1].removeprefix("error: ") if errors else "no message"} (all of it: {log})'
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes:02} min' if hours else f'{minutes} min {seconds:02} s' if minutes else f'{seconds} s'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score(runs):
+    """Test every run, the teacher and bicubic once.
+
+    Returns:
+        (method -> (set, metric) -> list of means, one a seed; row -> the same for teacher and bicubic).
+    """
+    scores, fixed = {}, {}
+    teacher = next((run for run in runs if run.options.get('network_t')), None)
+    for run in runs:
+        whole = run is teacher or (teacher is None and run is runs[0])
+        results = tested(run, whole, run.seed == runs[0].seed)
+        for network, sets in results.items():
+            means = {(name, metric): value for name, part in sets.items() for metric, value in part['means'].items()}
+            if network == 'student':
+                for column, value in means.items():
+                    scores.setdefault(run.method, {}).setdefault(column, []).append(float(value))
+            else:
+                row = TEACHER if network == 'teacher' else network
+                fixed[row] = {column: [float(value)] for column, value in means.items()}
+    return scores, fixed
+
+
+def tested(run, whole, pictures):
+    """A run's results by set, from its file where the weights have not changed since.
+
+    Args:
+        whole: with the rows of bicubic and of the teacher.
+        pictures: keep the images, to look at.
+    """
+    weights, kept = _weights(run), Path('results') / run.name / 'results.json'
+    if kept.is_file() and kept.stat().st_mtime > weights.stat().st_mtime:
+        results = json.loads(kept.read_text(encoding='utf-8'))['results']
+        if not whole or len(results) > 1:
+            return results
+    argv = ['-opt', str(run.path), '--force_yml', f'path:pretrain_network_g={weights}']
+    argv += (['--with_teacher'] if run.options.get('network_t') else []) if whole else ['--no_bicubic']
+    argv += ['--save_img'] if pictures else []
+    opt, args, _ = options.parse(argv, is_train=False, command=test.parser())
+    logging.disable(logging.INFO)  # the table is what the user asked for
+    try:
+        test.test(opt, args)
+    finally:
+        logging.disable(logging.NOTSET)
+    return json.loads(kept.read_text(encoding='utf-8'))['results']
+
+
+def seconds_per_step(runs):
+    """Method -> median of what its logs say an iteration took, in seconds; absent where they say nothing."""
+    times = {}
+    for run in runs:
+        for log in (Path('experiments') / run.name).glob('train_*.log'):
+            found = re.findall(r'time \(data\): ([\d.]+)', log.read_text(encoding='utf-8', errors='replace'))
+            times.setdefault(run.method, []).extend(map(float, found))
+    return {method: statistics.median(values) for method, values in times.items() if values}
+
+
+def write_tables(folder, scores, fixed, runs):
+    """``compare.md``, ``.tex`` and ``.csv`` in the layout of the paper's Table 2, and ``.json`` with every number.
+
+    Mean and standard deviation (of the sample) over the seeds; the best method bold, the second underlined, the teacher
+    on top.
+
+    Returns:
+        the paths.
+    """
+    columns = list(dict.fromkeys(column for means in [*fixed.values(), *scores.values()] for column in means))
+    best = {column: _ranked(column, scores) for column in columns}
+    rows = [(name, fixed[name], {}) for name in (TEACHER, 'bicubic') if name in fixed]
+    rows += [(label(method), means, {c: best[c].get(method) for c in columns}) for method, means in scores.items()]
+    seconds, paired = seconds_per_step(runs), _paired(scores, columns)
+    seeds = ', '.join(map(str, sorted({run.seed for run in runs})))
+    about = [
+        f'{runs[0].options["train"]["total_iter"]} iterations, seeds {seeds}',
+        'mean and standard deviation over seeds; best bold, second underlined',
+        *(f'{label(m)}: {s:.3f} s an iteration' for m, s in seconds.items()),
+        *paired,
+    ]
+    kinds = {'md': _markdown, 'tex': _latex}
+    paths = [folder / f'compare.{kind}' for kind in (*kinds, 'csv', 'json')]
+    content = {
+        'methods': {m: {f'{s} {k}': values for (s, k), values in means.items()} for m, means in scores.items()},
+        'fixed': {n: {f'{s} {k}': values[0] for (s, k), values in means.items()} for n, means in fixed.items()},
+        'seconds_per_step': seconds,
+        'runs': {run.name: {'method': run.method, 'seed': run.seed} for run in runs},
+    }
+    try:
+        for path, write in zip(paths, kinds.values()):
+            path.write_text(write(columns, rows, about), encoding='utf-8')
+        with open(paths[2], 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['method', 'set', 'metric', 'mean', 'std', 'seeds'])
+            for name, means in [*fixed.items(), *((label(m), means) for m, means in scores.items())]:
+                for (set_name, metric), values in means.items():
+                    writer.writerow([name, set_name, metric, statistics.mean(values), _spread(values), len(values)])
+        paths[3].write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'cannot write the tables to {folder}: {error}') from error
+    print(paths[0].read_text(encoding='utf-8'))
+    return paths
+
+
+def _spread(values):
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _ranked(column, scores):
+    """Method -> 1 or 2, by the mean as it is printed; metrics where less is better are not known here but NIQE."""
+    sign = -1 if 'niqe' in column[1].lower() else 1
+    means = {
+        m: sign * float(evaluation.format_value(column[1], statistics.mean(values[column])))
+        for m, values in scores.items()
+        if column in values
+    }
+    places = sorted(set(means.values()), reverse=True)
+    return {method: places.index(value) + 1 for method, value in means.items()} if len(means) > 1 else {}
+
+
+def _paired(scores, columns):
+    """Differences to scratch (or the first method) with the same seeds: their spread is what a gain must exceed."""
+    reference = 'scratch' if 'scratch' in scores else next(iter(scores))
+    lines = []
+    for method, column in itertools.product(scores, columns):
+        ours, theirs = scores[method].get(column, []), scores[reference].get(column, [])
+        if method == reference or 'psnr' not in column[1].lower() or not ours or len(ours) != len(theirs):
+            continue
+        differences = [a - b for a, b in zip(ours, theirs)]
+        gain = f'{statistics.mean(differences):+.3f}' + (f' ± {_spread(differences):.3f}' if len(ours) > 1 else '')
+        lines.append(f'{label(method)} against {label(reference)}, {column[0]}: {gain} dB, paired by seed')
+    return lines
+
+
+def _cell(metric, values, plus_minus):
+    if not values:
+        return '-'
+    digits = 2 if 'psnr' in metric.lower() else 4
+    spread = f'{plus_minus}{_spread(values):.{digits}f}' if len(values) > 1 else ''
+    return evaluation.format_value(metric, statistics.mean(values)) + spread
+
+
+def _markdown(columns, rows, about):
+    lines = ['| Method | ' + ' | '.join(f'{name} {metric.upper()}' for name, metric in columns) + ' |']
+    lines.append('| --- |' + ' ---: |' * len(columns))
+    for name, means, places in rows:
+        cells = [_cell(column[1], means.get(column), ' ± ') for column in columns]
+        marks = {1: '**%s**', 2: '<u>%s</u>'}
+        cells = [marks.get(places.get(column), '%s') % cell for column, cell in zip(columns, cells)]
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join([*lines, '', *(f'- {line}' for line in about)]) + '\n'
+
+
+def _latex(columns, rows, about):
+    def escape(text):
+        return re.sub(r'([&%$#_{}])', r'\\\1', text)
+
+    sets = [(name, len(list(group))) for name, group in itertools.groupby(columns, lambda column: column[0])]
+    lines = ['% needs the package booktabs', *(f'% {line}' for line in about)]
+    lines += [rf'\begin{{tabular}}{{l{"c" * len(columns)}}}', r'\toprule']
+    lines.append(' & '.join(['Method', *(rf'\multicolumn{{{n}}}{{c}}{{{escape(name)}}}' for name, n in sets)]) + r' \\')
+    lines.append(' & '.join(['', *(escape(metric.upper()) for _, metric in columns)]) + r' \\')
+    lines.append(r'\midrule')
+    for name, means, places in rows:
+        cells = [_cell(column[1], means.get(column), r' $\pm$ ') for column in columns]
+        marks = {1: r'\textbf{%s}', 2: r'\underline{%s}'}
+        cells = [marks.get(places.get(column), '%s') % cell for column, cell in zip(columns, cells)]
+        lines.append(' & '.join([escape(name), *cells]) + r' \\')
+    return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}']) + '\n'
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""``python -m dckd_sr.report RUN... [-o FILE.html]``: one page, readable offline, about trainings and comparisons.
+
+What is there is shown, what is not is named: scores and curves come from the files of the runs; pictures, the overlap
+of code distributions and the costs from their networks, where weights and validation images are at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import re
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import dckd_sr
+from dckd_sr import compare, evaluation, logs, report_networks, safe_yaml
+from dckd_sr.errors import UserError, nearest, reason
+
+
+def main(argv=None):
+    """Command line entry point.
+
+    Returns:
+        exit code: 0 done, 2 a mistake in arguments or files (one message, no traceback), 130 interrupted.
+    """
+    about = 'Write one HTML page about trainings and comparisons, and its figures as PNG and PDF.'
+    parser = argparse.ArgumentParser(prog='python -m dckd_sr.report', description=about)
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help="a run's folder or name, or a folder of dckd_sr.compare")
+    add('-o', '--output', metavar='FILE.html', help='default: report.html in the folder of the first RUN')
+    add('--images', type=int, default=4, metavar='N', help='validation images to look at (default: 4; 0: none)')
+    try:
+        args = parser.parse_args(argv)
+        for path in report(args.runs, args.output, args.images):
+            print(f'  {path}')
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def report(arguments, output=None, images=4):
+    """Write the page and its figures.
+
+    Args:
+        arguments: folders or names of runs, folders of comparisons.
+        output: the HTML file; None: ``report.html`` in the folder of the first of them.
+        images: how many validation images the networks are run on.
+
+    Returns:
+        [path of the page, folder of the figures].
+
+    Raises:
+        UserError: no such run, one without a log, a file that cannot be written, or a missing library.
+    """
+    try:
+        import jinja2
+
+        from dckd_sr import report_figures
+    except ImportError as error:
+        raise UserError(f'the report needs {error.name}: pip install "dckd_sr[report]"') from error
+    if images < 0:
+        raise UserError(f'--images {images}: expected 0 or more')
+    folders = [find(argument) for argument in arguments]
+    output = Path(output) if output else folders[0] / 'report.html'
+    if output.is_dir():
+        raise UserError(f'-o {output}: a folder; expected the name of the HTML file')
+    figures = report_figures.Figures(output.with_name(f'{output.stem}_figures'))
+    try:
+        figures.folder.mkdir(parents=True, exist_ok=True)
+        tables, runs = read_all(folders)
+        scores, notes = {label: means for table in tables for label, means in table['scores'].items()}, []
+        shown = report_networks.restore(runs, images, notes) if images else {}
+        report_figures.draw(figures, runs, scores, shown.get('costs', {}))
+        if shown:
+            figures.crops([(name, [part[:3] for part in parts]) for name, parts in shown['crops']])
+        jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        jinja.policies['json.dumps_kwargs'] = {}  # labels stay in their order
+        template = jinja.from_string((Path(__file__).parent / 'report.html').read_text(encoding='utf-8'))
+        page = template.render(
+            title=', '.join(folder.name for folder in folders),
+            made=f'{datetime.datetime.now():%Y-%m-%d %H:%M}',
+            tables=tables,
+            runs=[summary(run) for run in runs],
+            figures=figures.drawn,
+            bounds=bounds(runs),
+            differences=differences(runs),
+            options=[(run.name, run.text) for run in runs if run.text],
+            environment=environment(runs),
+            notes=list(dict.fromkeys(notes)),
+            **shown,
+        )
+        output.write_text(page, encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'cannot write {output} and its figures: {reason(error)}') from error
+    return [output, figures.folder]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs have written
+
+
+@dataclass
+class Log:
+    """What the logs of a run say, those of a resumed one together.
+
+    Attributes:
+        losses: iteration -> name -> value, as printed.
+        scores: iteration -> (set, metric) -> value of the validation.
+        seconds: of an iteration, as printed.
+        total: iterations that were asked for, None where the log does not say.
+        about: what -> device, versions.
+    """
+
+    losses: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+    seconds: list = field(default_factory=list)
+    total: int | None = None
+    finished: bool = False
+    about: dict = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One training; runs of one ``label``, a method, differ in their seeds."""
+
+    label: str
+    path: Path
+    options: dict
+    text: str
+    log: Log
+    contrast: list
+
+    @property
+    def name(self):
+        return self.path.name
+
+
+def find(argument):
+    """The folder of a run or of a comparison."""
+    places = (Path(argument), Path('experiments') / argument, Path('results') / argument)
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        known = [path.name for path in sorted(Path('experiments').glob('*')) if list(path.glob('train_*.log'))]
+        raise UserError(f'{argument}: no such run or folder{nearest(argument, known)}')
+    folder = folder.resolve() if folder.name in ('', '..') else folder
+    if not (folder / 'compare.json').is_file() and not list(folder.glob('train_*.log')):
+        raise UserError(f'{folder} has neither a train_*.log nor a compare.json: no run, and no finished comparison')
+    return folder
+
+
+def read_all(folders):
+    """(tables with ``title``, ``rows`` of (text, mark) and ``scores``: label -> (set, metric) -> values; runs)."""
+    tables, runs, alone = [], [], []
+    folders = list(dict.fromkeys(folders))
+    for folder in folders:
+        if (folder / 'compare.json').is_file():
+            start = f'{folder.name}: ' if len(folders) > 1 else ''
+            table, found = read_comparison(folder, start)
+            tables.append(table)
+            runs += found
+        else:
+            same = [other for other in folders if other.name == folder.name]
+            alone.append(read_run(folder, folder.name if len(same) == 1 else str(folder)))
+    return tables + ([table_of(alone)] if alone else []), runs + alone
+
+
+def read_comparison(folder, start=''):
+    try:
+        content = json.loads((folder / 'compare.json').read_text(encoding='utf-8'))
+        lines = (folder / 'compare.md').read_text(encoding='utf-8').splitlines()
+        methods = {start + compare.label(name): means for name, means in content['methods'].items()}
+        named = [(name, start + compare.label(run['method'])) for name, run in content['runs'].items()]
+        fixed = {start + name: {key: [v] for key, v in means.items()} for name, means in content['fixed'].items()}
+        scores = {
+            label: {tuple(key.rsplit(' ', 1)): values for key, values in means.items()}
+            for label, means in {**fixed, **methods}.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{folder}: not what dckd_sr.compare writes: {reason(error)}') from error
+    experiments = folder.parent.parent / 'experiments'
+    runs = [read_run(experiments / name, label) for name, label in named]
+    rows = [line.strip('| ').split(' | ') for line in lines if line.startswith('|')]
+    marks = (('**', 'best'), ('<u>', 'second'))
+    rows = [
+        [(re.sub(r'\*\*|</?u>', '', cell), next((m for s, m in marks if cell.startswith(s)), '')) for cell in row]
+        for row in rows[:1] + rows[2:]
+    ]
+    notes = [line[2:] for line in lines if line.startswith('- ')]
+    return {'title': folder.name, 'rows': rows, 'notes': notes, 'scores': scores}, runs
+
+
+def table_of(runs):
+    """Of runs that no comparison put side by side: the scores of their last test, or of their last validation."""
+    scores, fixed, notes = {}, {}, []
+    for run in runs:
+        file, means = run.path.parent.parent / 'results' / run.name / 'results.json', {}
+        try:
+            results = json.loads(file.read_text(encoding='utf-8'))['results']
+            for network, sets in results.items():
+                found = {(s, m): float(v) for s, part in sets.items() for m, v in part['means'].items()}
+                if network == 'student':
+                    means = found
+                else:
+                    fixed[compare.TEACHER if network == 'teacher' else network] = found
+            notes.append(f'{run.label}: tested, {file}')
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if run.log.scores:
+                last = max(run.log.scores)
+                means = run.log.scores[last]
+                notes.append(f'{run.label}: validation at iteration {last:,}')
+        if means:
+            scores[run.label] = means
+        else:
+            notes.append(f'{run.label}: neither tested nor validated')
+    scores = {**{name: fixed[name] for name in (compare.TEACHER, 'bicubic') if name in fixed}, **scores}
+    columns = list(dict.fromkeys(column for means in scores.values() for column in means))
+    rows = [['Run', *(f'{name} {metric.upper()}' for name, metric in columns)]]
+    for label, means in scores.items():
+        rows.append([label, *(evaluation.format_value(metric, means.get((name, metric))) for name, metric in columns)])
+    scores = {label: {column: [value] for column, value in means.items()} for label, means in scores.items()}
+    return {'title': 'Runs', 'rows': [[(cell, '') for cell in row] for row in rows], 'notes': notes, 'scores': scores}
+
+
+def read_run(folder, label):
+    resolved, opt = folder / 'resolved.yml', {}
+    text = resolved.read_text(encoding='utf-8', errors='replace') if resolved.is_file() else ''
+    if text:
+        try:
+            opt = safe_yaml.parse(text)
+        except UserError as error:
+            raise UserError(f'{resolved}: {error}') from error
+    opt = opt if isinstance(opt, dict) else {}
+    log = read_logs(sorted(folder.glob('train_*.log')), (opt.get('val') or {}).get('val_freq'))
+    metrics = folder / 'metrics.jsonl'
+    contrast = [row for row in logs.read_metrics(metrics) if row.get('numerator')] if metrics.is_file() else []
+    return Run(label, folder, opt, text, log, contrast)
+
+
+_LINE = re.compile(r'iter: *([\d,]+), lr:.*?time \(data\): ([\d.]+) \([\d.]+\)\] (.*)')
+_VALUE = re.compile(r'(\w+): (\S+)')
+_SCORE = re.compile(r'\t # (.+?): ([-+.\w]+)')
+_RESUMED = re.compile(r'INFO: Resuming from .*, iteration (\d+)\.$')
+_TRAINING = re.compile(r'INFO: Training: (.* (\d+) iterations)\.$')
+_VERSION = re.compile(r'\t(BasicSR|PyTorch|TorchVision): (\S+)$')
+
+
+def read_logs(paths, val_freq=None):
+    """Read BasicSR's log lines; after a resume, what the former process did beyond its start is left out.
+
+    A validation's lines do not say its iteration: it is the next multiple of ``val_freq`` (or the last iteration), or,
+    where that is not known, that of the line before.
+
+    Returns:
+        Log.
+    """
+    log = Log()
+    for path in paths:
+        last, validated, name = 0, {}, None
+        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+            if found := _LINE.search(line):
+                last = int(found[1].replace(',', ''))
+                log.losses[last] = {name: float(value) for name, value in _VALUE.findall(found[3])}
+                log.seconds.append(float(found[2]))
+            elif found := _RESUMED.search(line):
+                last, validated, log.finished = int(found[1]), {}, False
+                log.losses = {i: values for i, values in log.losses.items() if i <= last}
+                log.scores = {i: values for i, values in log.scores.items() if i <= last}
+            elif 'INFO: Validation ' in line:
+                name = line.partition('INFO: Validation ')[2]
+                at = max(last, validated.get(name, -1) + 1)
+                at = at if not val_freq else min(-(-at // val_freq) * val_freq, log.total or math.inf)
+                validated[name] = at
+            elif name is not None and (found := _SCORE.match(line)):
+                log.scores.setdefault(at, {})[name, found[1]] = float(found[2])
+            elif found := _TRAINING.search(line):
+                log.total, log.about['data'] = int(found[2]), found[1]
+            elif found := _VERSION.match(line):
+                log.about[found[1]] = found[2]
+            elif 'INFO: End of training.' in line:
+                log.finished = True
+    return log
+
+
+def summary(run):
+    """A row about a run: name, label, iterations, state, seconds of an iteration, best PSNR of its validation."""
+    log, last = run.log, max(run.log.losses, default=0)
+    state = 'finished' if log.finished else f'stopped at {last:,}' + (f' of {log.total:,}' if log.total else '')
+    seconds = f'{statistics.median(log.seconds):.3f}' if log.seconds else '-'
+    psnr = [
+        (value, i, name)
+        for i, values in log.scores.items()
+        for (name, metric), value in values.items()
+        if 'psnr' in metric.lower()
+    ]
+    value, i, name = max(psnr, default=(None, None, None))
+    best = '-' if value is None else f'{value:.4f} ({name}, iteration {i:,})'
+    return [run.name, run.label, f'{last:,}', state, seconds, best]
+
+
+def differences(runs):
+    """Rows of (key, value of each label) where the options of the labels' first runs differ, under a row of heads."""
+    first = {run.label: flat(run.options) for run in reversed(runs) if run.options}
+    labels = list(dict.fromkeys(run.label for run in runs if run.label in first))
+    keys = dict.fromkeys(key for label in labels for key in first[label])
+    rows = [(key, *(first[label].get(key, '') for label in labels)) for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ('name', 'manual_seed')]
+    return [('key', *labels), *rows] if rows else []
+
+
+def flat(options):
+    """'train.cl_opt' -> text of the value; networks, and blocks in blocks, stay whole."""
+    values = {}
+    for key, value in options.items():
+        whole = not isinstance(value, dict) or key.startswith('network_')
+        for name, part in ({'': value} if whole else value).items():
+            values[f'{key}.{name}'.rstrip('.')] = json.dumps(part, default=str)
+    return values
+
+
+def environment(runs):
+    """(what, value) about the machine of the trainings, as the first log says, and about this one."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    trained = next((run.log.about for run in runs if run.log.about), {})
+    return [
+        *((f'training: {key}', value) for key, value in trained.items()),
+        ('report: dckd_sr', dckd_sr.__version__),
+        ('report: Python, PyTorch', f'{platform.python_version()}, {torch.__version__}'),
+        ('report: machine', f'{platform.platform()}, {device}, {torch.get_num_threads()} threads'),
+    ]
+
+
+def bounds(runs):
+    """Rows of (label, level, numerator at first, at last, factor, denominator likewise): means of a tenth each."""
+    rows = []
+    for label, group in grouped(run for run in runs if run.contrast):
+        for level in range(len(group[0].contrast[0]['numerator'])):
+            row = [label, str(level + 1)]
+            for part in ('numerator', 'denominator'):
+                series = [[r[part][level] for r in run.contrast if r[part][level] is not None] for run in group]
+                series = [values or [math.nan] for values in series]
+                tenths = [max(1, len(values) // 10) for values in series]
+                first = statistics.fmean(v for values, n in zip(series, tenths) for v in values[:n])
+                last = statistics.fmean(v for values, n in zip(series, tenths) for v in values[-n:])
+                row += [f'{first:.4g}', f'{last:.4g}', f'×{last / first:.2f}' if first else '-']
+            rows.append(row)
+    return rows
+
+
+def grouped(runs):
+    """[(label, its runs)] in order of appearance."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return list(groups.items())
+
+
+if __name__ == '__main__':
+    sys.exit(main())
