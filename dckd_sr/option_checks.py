@@ -16,16 +16,16 @@ from typing import Any, Optional
 
 import torch
 from basicsr.archs.vgg_arch import NAMES as VGG_LAYERS
-from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH, insert_bn
+from basicsr.archs.vgg_arch import insert_bn
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 from pydantic import ValidationError, create_model
-from torchvision.models import vgg
 
 from dckd_sr import option_keys as keys
 from dckd_sr import zoo
-from dckd_sr.archs import spandrel_arch, vqgan_arch
+from dckd_sr.archs import ensemble_arch, spandrel_arch, vqgan_arch
 from dckd_sr.errors import UserError, nearest
 from dckd_sr.ops.schedulers import SCHEDULERS
+from dckd_sr.vgg import vgg_places
 
 
 @dataclass
@@ -233,6 +233,16 @@ def is_known(cls):
     return cls.__module__.split('.')[0] in ('basicsr', 'dckd_sr')
 
 
+def members(where, cls, block):
+    """(key, class, block) of a network, or of each of those that an Ensemble is made of."""
+    if cls is not ensemble_arch.Ensemble:
+        return [(where, cls, block)]
+    inner = block.get('networks') if isinstance(block.get('networks'), list) else []
+    types = known_types(ARCH_REGISTRY)
+    found = [(f'{where}.networks.{index}', member) for index, member in enumerate(inner) if isinstance(member, dict)]
+    return [(key, types[bare(member['type'])], member) for key, member in found if bare(member.get('type')) in types]
+
+
 def argument(cls, block, names):
     """The first of the names that a constructor takes, with its value in a block or else its default."""
     if cls is spandrel_arch.spandrel:
@@ -317,7 +327,7 @@ def _argument_problem(parameter, value, values):
     return None if fine else f'expected {expected}'
 
 
-_COUNTS = r'num_|(in|out)_ch|(n_embed|embed_dim|upscale|scale|resolution|ch|crop_border)$'
+_COUNTS = r'num_|(in|out)_ch|(n_embed|embed_dim|upscale|scale|resolution|ch|crop_border|n_gt_sub|pool_size)$'
 _MAYBE_NONE = r'num_.*(block|group|layer|class)|crop_border'
 
 
@@ -377,16 +387,29 @@ def resolve_zoo(report, raw):
             continue
         if name != 'vqgan' and entry.scale != scale:
             report.error(f'{where}.name', f'a network of scale {entry.scale}, but scale = {scale}', entry.name)
+    teacher = raw.get('network_t')
+    networks = teacher.get('networks') if isinstance(teacher, dict) else None
+    for index, block in enumerate(networks if isinstance(networks, list) else ()):
+        if isinstance(block, dict) and block.get('type') == 'zoo':
+            try:
+                plain, paths, _ = zoo.resolve_zoo(block, {}, 't')
+            except UserError as error:
+                report.error(f'network_t.networks.{index}.name', str(error), block.get('name'))
+                continue
+            renamed = {'pretrain_network_t': 'pretrain', 'param_key_t': 'param_key'}
+            networks[index] = {**plain, **{renamed[key]: value for key, value in paths.items()}}
 
 
 def check_network(report, opt, name, is_needed=True):
     """Check a network block, and that it has the file's scale; returns its class or None.
 
     Args:
-        is_needed: otherwise a block of type spandrel whose file is not there is passed over.
+        is_needed: otherwise a block of type spandrel whose file is not there, and an Ensemble, are passed over.
     """
     where, block = f'network_{name}', opt[f'network_{name}']
     if not is_needed and block.get('type') == 'spandrel' and not os.path.isfile(str(block.get('path'))):
+        return None
+    if not is_needed and block.get('type') == 'Ensemble':
         return None
     also = ('allow_random',) if name in ('t', 'vqgan') else ()
     cls = check_arch(report, where, block, also)
@@ -394,6 +417,13 @@ def check_network(report, opt, name, is_needed=True):
         return cls
     if opt['model_type'] == 'VQGANModel' and (cls is not vqgan_arch.VQGAN or not block.get('decoder')):
         report.error(where, 'expected a VQGAN with decoder: true')
+    for inner, kind, member in members(where, cls, block):
+        check_scale(report, opt, inner, kind, member)
+    return cls
+
+
+def check_scale(report, opt, where, cls, block):
+    """A network enlarges by the file's scale."""
     key, value = argument(cls, block, keys.SCALE_KEYS)
     # SwinIR without an upsampler keeps the size, whatever upscale says.
     sizes = cls.__name__ != 'SwinIR' or argument(cls, block, ('upsampler',))[1]
@@ -402,7 +432,6 @@ def check_network(report, opt, name, is_needed=True):
         default = '' if key in block else f' (the default of {block["type"]})'
         default = f' (told by {block["path"]})' if cls is spandrel_arch.spandrel else default
         report.error(f'{where}.{key}', f'differs from scale = {opt["scale"]}{default}', value)
-    return cls
 
 
 def check_arch(report, where, block, also=()):
@@ -421,7 +450,37 @@ def check_arch(report, where, block, also=()):
                     report.error(where, str(error))
     if cls is spandrel_arch.spandrel and 'path' in block:
         check_spandrel(report, where, block, also)
+    if cls is ensemble_arch.Ensemble and 'networks' in block:
+        check_ensemble(report, where, block)
     return cls
+
+
+def check_ensemble(report, where, block):
+    """Each network of an Ensemble, with its weights."""
+    networks, weights = block['networks'], block.get('weights')
+    if not isinstance(networks, list) or not networks:
+        report.error(f'{where}.networks', 'expected a list of blocks, one per network', networks)
+        return
+    for index, member in enumerate(networks):
+        key = f'{where}.networks.{index}'
+        if report.reported(key):  # no network of the zoo
+            continue
+        kind = bare(member.get('type')) if isinstance(member, dict) else None
+        if kind == 'Ensemble':
+            report.error(f'{key}.type', 'an Ensemble cannot hold another', kind)
+            continue
+        if check_arch(report, key, member, () if kind == 'spandrel' else ensemble_arch.OWN_KEYS) is None:
+            continue
+        if kind == 'spandrel':  # is built with the weights of its path
+            continue
+        if member.get('pretrain') is not None:
+            member['pretrain'] = keys.expand(str(member['pretrain']))
+            check_file(report, f'{key}.pretrain', member['pretrain'])
+        elif not member.get('allow_random'):
+            report.error(f'{key}.pretrain', 'missing; a teacher needs trained weights')
+    fine = weights is None or (_numbers(weights) and len(weights) == len(networks) and min(weights) > 0)
+    if not fine:
+        report.error(f'{where}.weights', f'expected {len(networks)} positive numbers, one per network', weights)
 
 
 def check_spandrel(report, where, block, also=()):
@@ -441,10 +500,11 @@ def check_spandrel(report, where, block, also=()):
 
 def check_channels(report, opt, student, teacher):
     """Student and teacher read and write images with the same channels."""
-    for what, names in keys.CHANNEL_KEYS.items():
-        ours, theirs = argument(student, opt['network_g'], names), argument(teacher, opt['network_t'], names)
-        if _numbers([ours[1], theirs[1]]) and ours[1] != theirs[1]:
-            report.error(f'network_t.{theirs[0]}', f'network_g.{ours[0]} = {ours[1]}: another {what}', theirs[1])
+    for where, cls, block in members('network_t', teacher, opt['network_t']):
+        for what, names in keys.CHANNEL_KEYS.items():
+            ours, theirs = argument(student, opt['network_g'], names), argument(cls, block, names)
+            if _numbers([ours[1], theirs[1]]) and ours[1] != theirs[1]:
+                report.error(f'{where}.{theirs[0]}', f'network_g.{ours[0]} = {ours[1]}: another {what}', theirs[1])
 
 
 def check_encoder_channels(report, opt, student):
@@ -456,22 +516,32 @@ def check_encoder_channels(report, opt, student):
         report.error('network_vqgan.ddconfig.in_channels', f'network_g.{name} = {channels}: other channels', found)
 
 
+def losses_for(where):
+    """Name -> class of the losses that fit a block: those with the method that is called there, else of two images."""
+    method = keys.FEATURE_LOSSES.get(where)
+    return {
+        name: loss
+        for name, loss in known_types(LOSS_REGISTRY).items()
+        if (hasattr(loss, method) if method else getattr(loss, 'forward', None) is not torch.nn.Module.forward)
+    }
+
+
 def check_loss(report, where, block):
     """Check a loss block; cl_opt and ce_opt get the features of network_vqgan, others bring their encoder."""
-    method, types = keys.FEATURE_LOSSES.get(where), known_types(LOSS_REGISTRY)
-    if method:
-        types = {name: loss for name, loss in types.items() if hasattr(loss, method)}
+    method, types = keys.FEATURE_LOSSES.get(where), losses_for(where)
     cls = check_block(report, where, block, types, f'loss for {where}' if method else 'loss', values=keys.LOSS_VALUES)
     if cls is None:
         return
     encoder = block.get('encoder')
     if method and encoder is not None:
-        report.error(f'{where}.encoder', 'not used here; network_vqgan is the encoder')
+        if 'encoder' in parameters(cls)[0]:
+            report.error(f'{where}.encoder', 'not used here; network_vqgan is the encoder')
     elif encoder is not None:
         check_encoder(report, f'{where}.encoder', encoder)
     elif not method and is_known(cls) and 'encoder' in parameters(cls)[0]:
         report.error(f'{where}.encoder', f'missing; {block["type"]} compares features: a block with type and pretrain')
-    if block['type'] == 'PerceptualLoss':
+    reads_vgg = is_known(cls) and 'pretrain' in parameters(cls)[0] and block.get('features', 'vgg') == 'vgg'
+    if block['type'] == 'PerceptualLoss' or reads_vgg:
         check_vgg(report, where, block)
 
 
@@ -494,16 +564,20 @@ def check_vgg(report, where, block):
         return
     layers = VGG_LAYERS[vgg_type.replace('_bn', '')]
     layers = insert_bn(layers) if vgg_type.endswith('_bn') else layers
-    if not isinstance(block.get('layer_weights', {}), dict):
+    if not isinstance(block.get('layer_weights') or {}, dict):
         report.error(f'{where}.layer_weights', 'expected a block of layer: weight', block['layer_weights'])
         return
-    for layer in block.get('layer_weights', {}):
+    for layer, weight in (block.get('layer_weights') or {}).items():
         if layer not in layers:
             report.error(f'{where}.layer_weights.{layer}', f'no such layer of {vgg_type}{nearest(layer, layers)}')
-    url = getattr(vgg, f'{vgg_type.upper()}_Weights').IMAGENET1K_V1.url
-    places = [VGG_PRETRAIN_PATH] if vgg_type == 'vgg19' else []
-    places.append(os.path.join(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2]))
-    if not any(os.path.isfile(place) for place in places):
+        elif not _numbers([weight]):
+            report.error(f'{where}.layer_weights.{layer}', 'expected a number', weight)
+    if block.get('pretrain') is not None:
+        block['pretrain'] = keys.expand(str(block['pretrain']))
+        check_file(report, f'{where}.pretrain', block['pretrain'])
+        return
+    places, url = vgg_places(vgg_type)
+    if not any(os.path.isfile(place) for place in places) and not block.get('allow_random'):
         report.error(where, f'no weights of {vgg_type} at {" or ".join(places)}; download them from {url}')
 
 
@@ -595,20 +669,82 @@ def check_speed(report, opt, spec, given):
 def check_distillation(report, opt, given):
     """What teacher, history, encoder and losses need from each other, in training."""
     train, teacher, encoder = opt['train'], opt.get('network_t'), opt.get('network_vqgan')
-    for key in ('logits_opt', 'lcr_opt'):
+    for key in ('logits_opt', 'lcr_opt', 'fakd_opt', 'dukd_opt'):
         if train.get(key) and teacher is None and not report.reported('network_t'):
             report.error(f'train.{key}', 'needs network_t, the teacher')
-    brings_weights = teacher is not None and (teacher.get('allow_random') or bare(teacher.get('type')) == 'spandrel')
+    brings_weights = teacher is not None and (
+        teacher.get('allow_random') or bare(teacher.get('type')) in keys.OWN_WEIGHTS
+    )
     if teacher is not None and not brings_weights and opt['path'].get('pretrain_network_t') is None:
         report.missing('path.pretrain_network_t', 'a teacher needs trained weights')
-    for key in ('cl_opt', 'ce_opt'):
-        if train.get(key) and encoder is None and not report.reported('network_vqgan'):
+    for key in encoder_losses(train):
+        if encoder is None and not report.reported('network_vqgan'):
             report.error(f'train.{key}', f'needs network_vqgan, the encoder: {keys.ENCODER_ADVICE}')
     if encoder is not None and needs_encoder(opt) and not encoder.get('allow_random'):
         if opt['path'].get('pretrain_network_vqgan') is None:
             report.missing('path.pretrain_network_vqgan', f'an encoder needs trained weights: {keys.ENCODER_ADVICE}')
+    if brings_weights and opt['path'].get('pretrain_network_t') and bare(teacher['type']) == 'Ensemble':
+        text = 'not for an Ensemble: each of its networks names its file as pretrain'
+        report.error('path.pretrain_network_t', text, opt['path']['pretrain_network_t'])
+    if train.get('cl_opt') or train.get('mclir_opt'):
+        check_history(report, opt, given)
     if train.get('cl_opt'):
-        check_contrast(report, opt, given)
+        check_contrast(report, opt)
+    for key in ('mclir_opt', 'csd_opt'):
+        if train.get(key):
+            check_levels(report, opt, f'train.{key}')
+    if train.get('fakd_opt'):
+        check_taps(report, train['fakd_opt'])
+
+
+def check_taps(report, block):
+    """fakd_opt has as many modules of the student as of the teacher; whether there are such, the networks say."""
+    where, lengths = 'train.fakd_opt', []
+    for role in ('student', 'teacher'):
+        paths = [block[role]] if isinstance(block.get(role), str) else block.get(role)
+        if role not in block:
+            return
+        if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+            report.error(f'{where}.{role}', 'expected a list of modules, such as [body.1, conv_after_body]', paths)
+        lengths.append(len(paths) if isinstance(paths, list) else 0)
+    if lengths[0] != lengths[1] and not report.reported(where):
+        text = f'expected as many modules as train.fakd_opt.student has, {lengths[0]}'
+        report.error(f'{where}.teacher', text, block['teacher'])
+
+
+def check_batches(report, opt):
+    """What dukd_opt and csd_opt need of the training batches."""
+    if opt['train'].get('dukd_opt'):
+        check_upcycling(report, opt)
+    if opt['train'].get('csd_opt'):
+        check_batch(report, opt)
+
+
+def check_upcycling(report, opt):
+    """dukd_opt cuts GT into scale x scale tiles, and shrinks LQ by scale once more."""
+    block, scale, data = opt['train']['dukd_opt'], opt['scale'], opt['datasets'].get('train', {})
+    where, tiles, prob = 'train.dukd_opt', block.get('n_gt_sub', 1), block.get('prob', 0.3)
+    if scale < 2:
+        report.error(where, f'is for super-resolution: GT is cut into scale x scale tiles, and scale = {scale}')
+        return
+    if isinstance(tiles, int) and tiles > scale**2:
+        report.error(f'{where}.n_gt_sub', f'GT has {scale} x {scale} tiles', tiles)
+    if _numbers([prob]) and not 0 <= prob <= 1:
+        report.error(f'{where}.prob', 'expected a number from 0 to 1', prob)
+    sizes = {f'gt_sizes.{index}': size for index, size in enumerate(data.get('gt_sizes') or [])}
+    for key, size in {'gt_size': data.get('gt_size'), **sizes}.items():
+        if isinstance(size, int) and size % scale**2 and not size % scale and block.get('zoom_out', True):
+            text = f'expected a multiple of {scale} x {scale}: dukd_opt shrinks LQ once more, unless zoom_out is false'
+            report.error(f'datasets.train.{key}', text, size)
+
+
+def check_batch(report, opt):
+    """csd_opt takes its negatives from the batch."""
+    data, count = opt['datasets'].get('train', {}), opt['train']['csd_opt'].get('num_neg', 10)
+    sizes = data.get('mini_batch_sizes') or [data.get('batch_size_per_gpu')]
+    least = min((size for size in sizes if isinstance(size, int)), default=None)
+    if isinstance(count, int) and least is not None and count > least:
+        report.error('train.csd_opt.num_neg', f'they are taken from the batch, which has {least} images', count)
 
 
 def check_teacher_cache(report, opt, spec):
@@ -625,38 +761,64 @@ def check_teacher_cache(report, opt, spec):
         report.error(where, f'{data["type"]} does not read it; {" and ".join(able)} do', path)
     if not issubclass(spec.train, keys.KDTrain) or opt.get('network_t') is None:
         report.error(where, 'needs network_t, the teacher', path)
-    if train.get('lcr_opt'):
-        report.error('train.lcr_opt', f'needs the teacher on augmented input, which {where} does not have')
+    elif bare(opt['network_t'].get('type')) == 'Ensemble':
+        report.error(where, 'is not made of an Ensemble: its outputs are computed in training', path)
+    needs = {'lcr_opt': 'on augmented input', 'dukd_opt': 'on other input', 'fakd_opt': "with its modules' outputs"}
+    for key, what in needs.items():
+        if train.get(key):
+            report.error(f'train.{key}', f'needs the teacher {what}, which {where} does not have')
     if (train.get('mixing_augs') or {}).get('mixup'):
         report.error('train.mixing_augs.mixup', f'needs the teacher on mixed input, which {where} does not have', True)
 
 
-def check_contrast(report, opt, given):
-    """cl_opt has negatives and one weight per encoder level."""
-    train = opt['train']
+def check_history(report, opt, given):
+    """cl_opt and mclir_opt take their negatives from the history."""
+    key = 'cl_opt' if opt['train'].get('cl_opt') else 'mclir_opt'
     if 'network_his' not in given:
         opt['network_his'] = True
-        report.warn('network_his', 'true is assumed: cl_opt takes its negatives from the history')
+        report.warn('network_his', f'true is assumed: {key} takes its negatives from the history')
     elif not opt.get('network_his'):
-        report.error('network_his', 'cl_opt takes its negatives from the history; write true', opt.get('network_his'))
+        report.error('network_his', f'{key} takes its negatives from the history; write true', opt.get('network_his'))
+
+
+def check_contrast(report, opt):
+    """cl_opt has negatives and one weight per encoder level."""
+    train = opt['train']
     if not train['num_neg'] and not train['neg_clean']:
         report.error('train.num_neg', 'cl_opt needs negatives; set num_neg or neg_clean', train['num_neg'])
-    cls = known_types(LOSS_REGISTRY).get(bare(train['cl_opt'].get('type')))
-    weights = argument(cls, train['cl_opt'], ('weights',))[1] if cls else None
+    check_levels(report, opt, 'train.cl_opt')
+
+
+def check_levels(report, opt, where):
+    """A loss of features has one weight per level of the encoder, or per layer that it reads of VGG19."""
+    block = opt['train'][where.partition('.')[2]]
+    cls = known_types(LOSS_REGISTRY).get(bare(block.get('type')))
+    if cls is None or argument(cls, block, ('features',))[1] == 'vgg':
+        return
+    weights = argument(cls, block, ('weights',))[1]
     ddconfig = (opt.get('network_vqgan') or {}).get('ddconfig')
     levels = ddconfig.get('ch_mult') if isinstance(ddconfig, dict) else None
+    what = 'per level of network_vqgan.ddconfig.ch_mult'
+    if where == 'train.csd_opt':
+        levels, what = getattr(cls, 'LAYERS', None), f'for each of {", ".join(getattr(cls, "LAYERS", ()))}'
     if not isinstance(weights, (list, tuple)):
         return
     if not _numbers(weights):
-        report.error('train.cl_opt.weights', 'expected a list of numbers', weights)
-    elif isinstance(levels, list) and len(weights) != len(levels):
-        text = f'expected {len(levels)} numbers, one per level of network_vqgan.ddconfig.ch_mult'
-        report.error('train.cl_opt.weights', text, weights)
+        report.error(f'{where}.weights', 'expected a list of numbers', weights)
+    elif isinstance(levels, (list, tuple)) and len(weights) != len(levels):
+        report.error(f'{where}.weights', f'expected {len(levels)} numbers, one {what}', weights)
 
 
 def needs_encoder(opt):
     """Whether a loss of the model reads the features of network_vqgan."""
-    return any((opt.get('train') or {}).get(key) for key in ('cl_opt', 'ce_opt'))
+    return bool(encoder_losses(opt.get('train') or {}))
+
+
+def encoder_losses(train):
+    """The blocks of `train` that read the features of network_vqgan."""
+    mclir = train.get('mclir_opt')
+    reads = {'mclir_opt': isinstance(mclir, dict) and mclir.get('features') == 'vqgan'}
+    return [key for key in ('cl_opt', 'ce_opt', 'mclir_opt') if reads.get(key, train.get(key))]
 
 
 def check_paths(report, opt, is_train):
@@ -679,6 +841,8 @@ def check_val(report, opt):
         check_block(report, where, block, types, 'metric', filled=('img', 'img2'), also=('better',))
     if val.get('tile_overlap') is not None and val['tile_overlap'] >= (val.get('tile_size') or 0):
         report.error('val.tile_overlap', 'expected less than val.tile_size', val['tile_overlap'])
+    if val.get('tile_batch_size') is not None and not val.get('tile_size'):
+        report.warn('val.tile_batch_size', 'without effect: val.tile_size is empty', val['tile_batch_size'])
 
 
 def check_datasets(report, opt, blocks, is_train):
@@ -791,7 +955,8 @@ def check_patch(report, where, size, opt):
         if not isinstance(network, dict):
             continue  # missing, or no key of this model
         cls = known_types(ARCH_REGISTRY).get(bare(network.get('type')))
-        window = argument(cls, network, ('window_size',))[1] if cls else None
-        if isinstance(window, int) and window > 0 and size % (scale * window):
-            text = f'expected a multiple of scale times {name}.window_size, {scale} x {window}'
-            report.error(where, text, size)
+        for key, kind, block in members(name, cls, network) if cls else ():
+            window = argument(kind, block, ('window_size',))[1]
+            if isinstance(window, int) and window > 0 and size % (scale * window):
+                text = f'expected a multiple of scale times {key}.window_size, {scale} x {window}'
+                report.error(where, text, size)

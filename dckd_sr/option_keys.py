@@ -117,6 +117,10 @@ NoFolder = Annotated[None, BeforeValidator(_no_folder), WithJsonSchema({'enum': 
 ModuleNames = Annotated[
     list[Annotated[str, AfterValidator(_module_name)]], BeforeValidator(_listed), _or_list({'type': 'string'})
 ]
+Roles = Annotated[
+    Optional[list[Literal['student', 'teacher', 'history', 'encoder']]],
+    BeforeValidator(lambda value: value if value is None else _listed(value)),
+]
 Block = dict[str, Any]
 
 
@@ -190,8 +194,15 @@ class DCKDTrain(KDTrain):
     noisy: Optional[Noisy] = Field(None, description='the augmentations of lcr_opt')
     cl_opt: Optional[Block] = Field(None, description='dynamic contrastive loss')
     ce_opt: Optional[Block] = Field(None, description='distribution mapping loss')
+    fakd_opt: Optional[Block] = Field(None, description='FAKD: spatial affinity of feature maps')
+    csd_opt: Optional[Block] = Field(None, description="CSD: contrast with enlarged inputs in VGG19's features")
+    mclir_opt: Optional[Block] = Field(None, description='MCLIR: push from the history on the clean input')
+    dukd_opt: Optional[Block] = Field(None, description='DUKD: teacher and student on zoomed inputs')
     num_neg: Negatives = Field(4, description='degraded negatives')
     neg_clean: bool = Field(True, description='the clean input is one more negative')
+    negatives_micro_batch: Optional[Positive] = Field(
+        None, description='negatives that are computed at a time, for less memory; all if empty'
+    )
     update_decay: Probability = Field(0.1, description='weight of the old history at its update')
     step: Positives = Field([1000, 2000, 3000], description='iterations between history updates, per step_period')
     step_period: Positive = Field(100000, description='iterations that one entry of step holds for')
@@ -218,6 +229,7 @@ class Val(Section):
     window_size: Optional[Positive] = Field(None, description='pad inputs to multiples of it, not only of the needed')
     tile_size: Optional[Positive] = Field(None, description='run in tiles of this many input pixels')
     tile_overlap: Optional[Count] = Field(None, description='input pixels that tiles share')
+    tile_batch_size: Optional[Positive] = Field(None, description='tiles in one forward pass; 1 if empty')
     self_ensemble: bool = Field(False, description='mean over the 8 flips and transpositions of the input')
     metrics: Optional[dict[str, Block]] = Field(None, description='name -> metric with its arguments')
 
@@ -254,6 +266,17 @@ class Top(Section):
     num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
     manual_seed: Optional[Seed] = Field(None, description='seed; drawn if empty')
     find_unused_parameters: bool = Field(False, description="DistributedDataParallel's argument")
+    use_amp: bool = Field(False, description='mixed precision: float16, or bfloat16 with amp_bf16')
+    amp_bf16: bool = Field(False, description='bfloat16 in place of float16: no loss scaling, more range, fewer digits')
+    amp_networks: Roles = Field(None, description='which networks use_amp is for; all if empty')
+    use_channels_last: bool = Field(False, description='images as NHWC in memory')
+    use_compile: bool = Field(False, description='torch.compile, in training and for the tiles of a test')
+    compile_mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] = Field(
+        'default', description="torch.compile's mode"
+    )
+    use_checkpoint: bool = Field(False, description="compute the student's activations twice, to keep fewer of them")
+    use_tf32: bool = Field(False, description='TF32 for matrix products and convolutions on GPUs')
+    compare: Optional[Block] = Field(None, description='of dckd_sr.compare: methods of the file, by name')
     val: Val = Val()
     logger: Logger = Logger()
     dist_params: Optional[DistParams] = None
@@ -280,7 +303,7 @@ class Dataset(Section):
     dataset_enlarge_ratio: Optional[Positive] = Field(None, description='passes over the images that make an epoch')
     prefetch_mode: Optional[Literal['cpu', 'cuda']] = None
     num_prefetch_queue: Optional[Queue] = None
-    pin_memory: Optional[bool] = None
+    pin_memory: Optional[bool] = Field(None, description='pinned memory; on GPUs, training has it unless false')
     persistent_workers: Optional[bool] = None
 
 
@@ -299,6 +322,9 @@ class TrainLoader(Section):
     mini_batch_sizes: Optional[Positives] = Field(None, description='progressive training: samples per stage')
     gt_sizes: Optional[Positives] = Field(None, description='progressive training: gt_size per stage')
     iters: Optional[Positives] = Field(None, description='progressive training: iterations of each stage')
+    teacher_cache: Optional[PathName] = Field(
+        None, description='NAME.lmdb with the outputs of network_t, made by python -m dckd_sr.prepare teacher_cache'
+    )
 
 
 class _Crops(Dataset):
@@ -440,7 +466,17 @@ MODELS = {
     'DCKDModel': ModelKeys(
         DCKDTrain,
         ('g', 't', 'vqgan'),
-        losses=('pixel_opt', 'perceptual_opt', 'logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt'),
+        losses=(
+            'pixel_opt',
+            'perceptual_opt',
+            'logits_opt',
+            'lcr_opt',
+            'cl_opt',
+            'ce_opt',
+            'fakd_opt',
+            'csd_opt',
+            'dukd_opt',  # not mclir_opt, which only pushes
+        ),
     ),
 }
 OTHER_MODEL = ModelKeys(GANTrain, ('g', 'd'))  # video, third parties: unknown keys are warnings
@@ -449,7 +485,12 @@ DROP_IN_TYPES = ('SRModel', 'SwinIRModel', 'ImageRestorationModel', 'ImageCleanM
 # What a type's own code assumes in `train` where its files are silent; holds as DCKDModel, too.
 TYPE_DEFAULTS = {'ImageRestorationModel': {'use_grad_clip': True}}
 DROP_IN_NETWORKS = ('network_t', 'network_his', 'network_vqgan')
-DROP_IN_LOSSES = ('logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt')
+DROP_IN_LOSSES = ('logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt', 'fakd_opt', 'csd_opt', 'mclir_opt', 'dukd_opt')
+# Types of network_t that are built with the weights that their own blocks name.
+OWN_WEIGHTS = ('spandrel', 'Ensemble')
+# How networks run; a file of these types that has one of these keys runs as KDModel, which is the same training.
+SPEED_KEYS = ('use_amp', 'use_channels_last', 'use_compile', 'use_checkpoint')
+SPEED_TYPES = ('SRModel', 'SwinIRModel')
 
 # Earlier names of BasicSR itself, still found in its option files: renamed.
 RENAMED = {
@@ -493,6 +534,13 @@ OTHER_NAMES = {
     'distill_opt': 'logits_opt',
     'contrastive_opt': 'cl_opt',
     'losses': 'one block per loss, such as pixel_opt',
+    'amp': 'use_amp',
+    'bf16': 'use_amp with amp_bf16',
+    'fp16': 'use_amp',
+    'compile': 'use_compile',
+    'channels_last': 'use_channels_last',
+    'fast_matmul': 'use_tf32',
+    'gradient_checkpointing': 'use_checkpoint',
 }
 # Values of arguments that a constructor would refuse with a traceback, or late. Of BasicSR's classes and ours.
 LOSS_VALUES = {
@@ -502,10 +550,19 @@ LOSS_VALUES = {
     'reduce': ('global', 'rank'),
     'guard': (True, False),
     'criterion': ('l1', 'fro'),  # BasicSR 1.4.2 asks PyTorch for 'l2' by a name that does not exist
+    'features': ('vgg', 'vqgan'),
+    'zoom_out': (True, False),
     'gan_type': ('vanilla', 'lsgan', 'wgan', 'wgan_softplus', 'hinge'),
 }
 # The method that DCKDModel calls on the loss of a block.
-FEATURE_LOSSES = {'train.cl_opt': 'from_levels', 'train.ce_opt': 'from_logits'}
+FEATURE_LOSSES = {
+    'train.cl_opt': 'from_levels',
+    'train.ce_opt': 'from_logits',
+    'train.fakd_opt': 'from_maps',
+    'train.csd_opt': 'contrast',
+    'train.mclir_opt': 'push',
+    'train.dukd_opt': 'zoomed_in',
+}
 ARCH_VALUES = {'input_range': ([0, 1], [-1, 1]), 'LayerNorm_type': ('WithBias', 'BiasFree')}
 SCALE_KEYS = ('upscale', 'scale', 'upscale_factor')
 CHANNEL_KEYS = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from basicsr.utils.registry import (
     ARCH_REGISTRY,
     DATASET_REGISTRY,
-    LOSS_REGISTRY,
     METRIC_REGISTRY,
     MODEL_REGISTRY,
 )
@@ -22,7 +21,7 @@ from dckd_sr import option_checks as checks
 from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
 from dckd_sr import options, zoo
-from dckd_sr.archs import vqgan_arch
+from dckd_sr.archs import ensemble_arch, vqgan_arch
 from dckd_sr.errors import UserError
 
 _NULL = {'type': 'null'}
@@ -76,16 +75,14 @@ def schema():
         dict: JSON values.
     """
     definitions = {}
-    archs, losses = checks.known_types(ARCH_REGISTRY), checks.known_types(LOSS_REGISTRY)
+    archs = checks.known_types(ARCH_REGISTRY)
     networks, arch_values = {**archs, 'zoo': zoo.find}, {**keys.ARCH_VALUES, 'name': list(zoo.ENTRIES)}
     trained, encoder = ('allow_random',), ('pretrain', 'param_key', 'allow_random')
     _typed(definitions, 'network', networks, arch_values)
     _typed(definitions, 'network_t', networks, arch_values, also=trained)
     _typed(definitions, 'encoder', archs, keys.ARCH_VALUES, also=encoder)
-    _typed(definitions, 'loss', losses, keys.LOSS_VALUES)
-    for where, method in keys.FEATURE_LOSSES.items():
-        fit = {name: cls for name, cls in losses.items() if hasattr(cls, method)}
-        _typed(definitions, where, fit, keys.LOSS_VALUES)
+    for where in ('loss', *keys.FEATURE_LOSSES):
+        _typed(definitions, where, checks.losses_for(where), keys.LOSS_VALUES)
     _typed(definitions, 'metric', checks.known_types(METRIC_REGISTRY), filled=('img', 'img2'), also=('better',))
     _typed(definitions, 'optimizer', checks.optimizers(), filled=('params',))
     _typed(definitions, 'schedule', checks.schedulers(), filled=('optimizer', 'last_epoch'))
@@ -254,6 +251,8 @@ def _arguments(function, values, filled=(), also=()):
             entry = {'enum': list(values[name])}
         elif name == 'encoder' and checks.is_known(function):
             entry = {'anyOf': [_ref('encoder'), _NULL]}
+        elif name == 'networks' and function is ensemble_arch.Ensemble:
+            entry = {'type': 'array', 'items': _ref('encoder'), 'minItems': 1}
         elif name == 'ddconfig' and function is vqgan_arch.VQGAN:
             entry = _arguments(vqgan_arch._check_ddconfig, None)
         default = _json(parameter.default)

@@ -24,7 +24,7 @@ from basicsr.archs import build_network
 from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str
 
-from dckd_sr import checkpoint, logs, options
+from dckd_sr import checkpoint, logs, option_keys, options, processes
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import UserError, reason
@@ -69,6 +69,8 @@ def test(opt, args, notes=()):
     """
     logs.start()
     device = _device(args.device, opt)
+    if device.type == 'cpu':
+        processes.keep_freed_memory()
     found, missing = _split_sets(opt['datasets'])
     if not found:
         separator = ': ' if len(missing) == 1 else '\n  '
@@ -198,18 +200,22 @@ def load_network(opt, letter):
     network_opt, path_opt = opt.get(f'network_{letter}'), opt.get('path') or {}
     if not network_opt:
         raise UserError(f'network_{letter} is missing' + (', --with_teacher needs it' if letter == 't' else ''))
-    path, key = path_opt.get(f'pretrain_network_{letter}'), f'path.pretrain_network_{letter}'
-    in_block = path is None and network_opt.get('type') == 'spandrel'  # built with the weights of its own path
+    path = path_opt.get(f'pretrain_network_{letter}')
+    in_block = path is None and network_opt.get('type') in option_keys.OWN_WEIGHTS
+    files = {f'path.pretrain_network_{letter}': path}
     if in_block:
-        path, key = network_opt.get('path'), f'network_{letter}.path'
-    if path is None:
+        files = _files_of(network_opt, f'network_{letter}')
+    key = next((key for key, value in files.items() if value is None), None)
+    if key is not None:
         hint = ''
         trained = Path('experiments') / opt['name'] / 'models' / 'net_g_latest.pth'
         if letter == 'g' and trained.is_file():
             hint = f'; add --force_yml path:pretrain_network_g={trained}'
         raise UserError(f'{key} is not set: there are no weights to test{hint}')
     report = options.Report()
-    if not options.check_file(report, key, path):
+    for key, value in files.items():
+        options.check_file(report, key, value)
+    if report.problems:
         raise options.OptionError(report.problems)
     network_opt = {key: value for key, value in deepcopy(network_opt).items() if key != 'allow_random'}
     try:
@@ -224,14 +230,25 @@ def load_network(opt, letter):
     return net.eval().requires_grad_(False)
 
 
+def _files_of(network_opt, where):
+    """Option key -> weights file of a network that is built with the weights that its block names."""
+    members = network_opt.get('networks') if network_opt['type'] == 'Ensemble' else None
+    if members is None:
+        key = 'path' if network_opt['type'] == 'spandrel' else 'pretrain'
+        return {f'{where}.{key}': network_opt.get(key)}
+    parts = [_files_of(member, f'{where}.networks.{index}') for index, member in enumerate(members)]
+    return {key: path for part in parts for key, path in part.items()}
+
+
 def _about(opt, results, metrics, missing, sizes):
     """Lines under the table: which weights, which protocol, which sets are not in it."""
     labels = {'student': 'g', 'teacher': 't'}
     lines = []
     for name in results:
         if name in labels:
-            path = opt['path'].get(f'pretrain_network_{labels[name]}') or opt[f'network_{labels[name]}'].get('path')
-            lines.append(f'{name}: {path}')
+            letter = labels[name]
+            own = _files_of(opt[f'network_{letter}'], '').values()
+            lines.append(f'{name}: {opt["path"].get(f"pretrain_network_{letter}") or ", ".join(map(str, own))}')
     for name, metric_opt in metrics.items():
         arguments = ', '.join(f'{key} {value}' for key, value in metric_opt.items() if key != 'type')
         lines.append(f'{name}: {metric_opt["type"]}' + (f' ({arguments})' if arguments else ''))

@@ -19,7 +19,7 @@ from basicsr.archs import build_network
 from PIL import Image
 from small_run import dckd_run, edsr, write
 
-from dckd_sr import option_files, processes
+from dckd_sr import option_files, prepare, processes
 
 
 class Run:
@@ -188,6 +188,63 @@ MISTAKES.update(
         'weights that do not match the levels': 'train:cl_opt:weights=[0.5, 0.5, 1]',
         '`cl_opt` without negatives': ['train:num_neg=0', 'train:neg_clean=false'],
         'stages of a progressive run that do not match': 'datasets:train:iters=[5, 5]',
+        'a teacher cache for a dataset that does not read it': 'datasets:train:teacher_cache=cache.lmdb',
+        'a teacher cache beside `lcr_opt`': [
+            'datasets:train:type=SRImageDataset',
+            'datasets:train:teacher_cache=cache.lmdb',
+            'train:lcr_opt={type: L1Loss}',
+        ],
+        'a teacher cache beside mixup': [
+            'datasets:train:type=SRImageDataset',
+            'datasets:train:teacher_cache=cache.lmdb',
+            'train:mixing_augs={mixup: true}',
+        ],
+        'a teacher cache beside `dukd_opt`': [
+            'datasets:train:type=SRImageDataset',
+            'datasets:train:teacher_cache=cache.lmdb',
+            'train:dukd_opt={type: UpcyclingLoss}',
+        ],
+        'a teacher cache beside `fakd_opt`': [
+            'datasets:train:type=SRImageDataset',
+            'datasets:train:teacher_cache=cache.lmdb',
+            'train:fakd_opt={type: SpatialAffinityLoss, student: body.0, teacher: body.0}',
+        ],
+        '`mclir_opt` as the only loss': [
+            *('train:pixel_opt=~', 'train:logits_opt=~', 'train:cl_opt=~', 'train:ce_opt=~'),
+            'train:mclir_opt={type: HistoryNegativeLoss, allow_random: true}',
+        ],
+        'a module in `fakd_opt` that the student does not have': (
+            'train:fakd_opt={type: SpatialAffinityLoss, student: body.7, teacher: body.0}'
+        ),
+        'more modules of the student than of the teacher in `fakd_opt`': (
+            'train:fakd_opt={type: SpatialAffinityLoss, student: [body.0, conv_after_body], teacher: body.0}'
+        ),
+        'maps of other sizes in `fakd_opt`': (
+            'train:fakd_opt={type: SpatialAffinityLoss, student: body.0, teacher: upsample}'
+        ),
+        'more negatives in `csd_opt` than the batch has images': (
+            'train:csd_opt={type: CSDLoss, num_neg: 3, allow_random: true}'
+        ),
+        'an unknown layer in `mclir_opt`': (
+            'train:mclir_opt={type: HistoryNegativeLoss, layer_weights: {conv5_5: 1}, allow_random: true}'
+        ),
+        'more tiles in `dukd_opt` than GT has': 'train:dukd_opt={type: UpcyclingLoss, n_gt_sub: 5}',
+        'a crop that `dukd_opt` cannot shrink twice': [
+            'train:dukd_opt={type: UpcyclingLoss}',
+            'datasets:train:gt_size=30',
+        ],
+        'an Ensemble without networks': ['network_t={type: Ensemble, networks: []}', 'path:pretrain_network_t=~'],
+        'a network of an Ensemble without weights': [
+            'network_t={type: Ensemble, networks: [{type: EDSR, num_in_ch: 3, num_out_ch: 3, upscale: 2}]}',
+            'path:pretrain_network_t=~',
+        ],
+        'an unknown network in an Ensemble': [
+            'network_t={type: Ensemble, networks: [{type: EDSRR, pretrain: teacher.pth}]}',
+            'path:pretrain_network_t=~',
+        ],
+        '`pretrain_network_t` beside an Ensemble': (
+            'network_t={type: Ensemble, networks: [{type: spandrel, path: teacher.pth}]}'
+        ),
         'tiles that overlap whole': ['val:tile_size=16', 'val:tile_overlap=16'],
         'two sets of one name': ['datasets:val_2={type: SRImageDataset, dataroot_gt: HR, name: Set}'],
         'a set that is neither train, val nor test': 'datasets:vla={type: SRImageDataset, dataroot_gt: HR}',
@@ -426,6 +483,32 @@ def _(run):
 def _(run):
     Path('teacher.safetensors').write_bytes(b'\xff' * 20)
     run.opt['path']['pretrain_network_t'] = 'teacher.safetensors'
+
+
+@mistake('`csd_opt` without VGG19')
+def _(run):
+    run.patch.setattr(torch.hub, 'get_dir', lambda: 'hub')
+    run.train['csd_opt'] = {'type': 'CSDLoss', 'num_neg': 2}
+
+
+@mistake('weights of another network as VGG19')
+def _(run):
+    run.train['csd_opt'] = {'type': 'CSDLoss', 'num_neg': 2, 'pretrain': 'teacher.pth'}
+
+
+@mistake('a teacher cache that is not there')
+def _(run):
+    run.made_of('SRImageDataset')
+    run.data['teacher_cache'] = 'cache.lmdb'
+
+
+@mistake('a teacher cache of another teacher')
+def _(run):
+    run.made_of('SRImageDataset')
+    run.data['teacher_cache'] = 'cache.lmdb'
+    write(run.opt, 'cache.yml')
+    assert prepare.main(['teacher_cache', '-opt', 'cache.yml']) == 0
+    torch.save({'params': build_network(edsr(16)).state_dict()}, 'teacher.pth')
 
 
 @mistake('weights of another size of network')

@@ -9,7 +9,7 @@ import torch
 from option_files import dckd
 from small_run import dckd_run, write
 
-from dckd_sr import compare, option_keys
+from dckd_sr import compare, option_keys, options
 from dckd_sr.errors import UserError
 
 
@@ -69,6 +69,7 @@ def test_steps_shrink_what_is_counted_in_iterations():
 def test_methods_of_the_recipes_own():
     recipe = dckd()
     recipe['compare'] = {'methods': {'paper form': {'uses': ['dckd'], 'force_yml': ['train:ce_opt:form=paper']}}}
+    assert not [problem for problem in options.check(recipe)[0] if 'compare' in problem]  # is a training, too
     plain, own = compare.plan(recipe, ['dckd', 'paper form'], 1, None)
     assert own.options['train'].pop('ce_opt') == {**plain.options['train'].pop('ce_opt'), 'form': 'paper'}
     assert own.options['train'] == plain.options['train'] and 'compare' not in own.options

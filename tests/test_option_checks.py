@@ -405,6 +405,27 @@ class TestDatasets:
         assert data['lq_convention'] == 'uint8' and data['batch_size_per_gpu'] == 16 and data['name'] == 'train'
         assert problems_of(dckd(), train, 'datasets:train:cache=disk')[0].startswith('datasets.train.cache = disk')
 
+    def test_teacher_cache(self):
+        """Only what the cache can stand for: images as they are, turned and cropped, of a run that has a teacher."""
+        cache = ['datasets:train={type: SRImageDataset, dataroot_gt: HR, gt_size: 192, teacher_cache: t.lmdb}']
+        cache.append('train:lcr_opt=~')
+        where = 'datasets.train.teacher_cache'
+        assert load(dckd(), *cache)[0]['datasets']['train']['teacher_cache'] == 't.lmdb'
+        load(dckd(), *cache, 'train:mixing_augs={mixup: false}')
+        for changed, start in [
+            ('train:lcr_opt={type: L1Loss}', f'train.lcr_opt: needs the teacher on augmented input, which {where}'),
+            ('train:mixing_augs={mixup: true}', 'train.mixing_augs.mixup = true: needs the teacher on mixed'),
+            ('datasets:train:teacher_cache=t', f'{where} = t: expected a folder *.lmdb'),
+            ('datasets:train:type=FFHQDataset', f'{where} = t.lmdb: FFHQDataset does not read it; SRImageDataset and '),
+            ('datasets:val_1:teacher_cache=t.lmdb', 'datasets.val_1.teacher_cache = t.lmdb: unknown key'),
+            ('model_type=VQGANModel', f'{where} = t.lmdb: needs network_t, the teacher'),
+        ]:
+            problems = problems_of(dckd(), *cache, changed)
+            assert [problem for problem in problems if problem.startswith(start)], problems
+        noise = 'datasets:train={type: Dataset_GaussianDenoising, dataroot_gt: HR, gt_size: 192, sigma_range: [0, 5]}'
+        problems = problems_of(dckd(), noise, 'datasets:train:teacher_cache=t.lmdb')
+        assert f'{where} = t.lmdb: Dataset_GaussianDenoising does not read it; ' in '\n'.join(problems)
+
     def test_real_esrgan_needs_its_kernels(self):
         problems = problems_of(esrgan(), 'datasets:train={type: RealESRGANDataset, dataroot_gt: HR}')
         assert len(problems) == 15 and 'datasets.train.blur_sigma2: missing; RealESRGANDataset needs it' in problems
@@ -501,3 +522,9 @@ def test_a_plain_file_with_a_speed_key_runs_as_kdmodel():
     opt['path'], opt['model_type'] = {}, 'SRModel'
     assert load(opt)[0]['model_type'] == 'SRModel'
     assert load(opt, 'use_amp=true')[0]['model_type'] == 'KDModel'
+
+
+def test_tiles_in_batches_need_tiles():
+    key = 'val.tile_batch_size'
+    assert load(dckd(), 'val:tile_batch_size=4')[1] == [f'{key} = 4: without effect: val.tile_size is empty']
+    assert load(dckd(), 'val:tile_batch_size=4', 'val:tile_size=64')[1] == []

@@ -73,7 +73,18 @@ def as_progressive(opt):
     return DCKDModel
 
 
-KINDS = [as_dckd, as_swinir, as_gan, as_codebook, as_progressive]
+def as_all_methods(opt):
+    maps = ['body.0', 'upsample:input']
+    opt['train'].update(
+        fakd_opt={'type': 'SpatialAffinityLoss', 'student': maps, 'teacher': maps},
+        csd_opt={'type': 'CSDLoss', 'num_neg': 1, 'allow_random': True},
+        mclir_opt={'type': 'HistoryNegativeLoss', 'layer_weights': {'conv2_1': 1.0}, 'allow_random': True},
+        dukd_opt={'type': 'UpcyclingLoss', 'n_gt_sub': 2},
+    )
+    return DCKDModel
+
+
+KINDS = [as_dckd, as_swinir, as_gan, as_codebook, as_progressive, as_all_methods]
 
 
 def stop_at(monkeypatch, model, iteration, number=signal.SIGTERM):

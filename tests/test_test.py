@@ -98,8 +98,16 @@ def means(name='run'):
 
 def by_hand(weights, num_feat=4, key='params', names=PHOTOS):
     """Mean PSNR and SSIM over Photos, without any of our evaluation."""
+    return scored(loaded(weights, num_feat, key), names)
+
+
+def loaded(weights, num_feat=4, key='params'):
     net = build_network(edsr(num_feat))
     net.load_state_dict(torch.load(weights)[key])
+    return net
+
+
+def scored(net, names=PHOTOS):
     scores = []
     for name in names:
         lq, gt = cv2.imread(f'Photos/LR/{name}x2.png'), cv2.imread(f'Photos/HR/{name}.png')
@@ -107,6 +115,23 @@ def by_hand(weights, num_feat=4, key='params', names=PHOTOS):
             sr = tensor2img(net(img2tensor(lq.astype(np.float32) / 255)[None]))
         scores.append([f(sr, gt, crop_border=2, test_y_channel=True) for f in (calculate_psnr, calculate_ssim)])
     return np.mean(scores, axis=0)
+
+
+def test_a_teacher_made_of_teachers(opt, capsys):
+    save_weights('other.pth', seed=3)
+    members = [{**edsr(6), 'pretrain': 'teacher.pth'}, {'type': 'spandrel', 'path': 'other.pth'}]
+    opt['network_t'] = {'type': 'Ensemble', 'networks': members}
+    opt['path'].pop('pretrain_network_t', None)
+    assert run(opt, '--with_teacher') == 0
+    of_teachers = means()[0]['teacher']['Photos']['psnr']
+    assert 'teacher: teacher.pth, other.pth' in Path('results/run/results.md').read_text()
+    nets = [loaded('teacher.pth', 6), loaded('other.pth')]
+    assert abs(of_teachers - scored(lambda x: sum(net(x) for net in nets) / 2)[0]) < 1e-3
+    Path('teacher.pth').unlink()
+    Path('other.pth').unlink()
+    assert run(opt, '--with_teacher') == 2
+    told = capsys.readouterr().err
+    assert 'network_t.networks.0.pretrain' in told and 'network_t.networks.1.path' in told
 
 
 def test_table_files_and_log(opt, tmp_path, capsys):

@@ -87,6 +87,16 @@ class _Distances(torch.autograd.Function):
         return None, None, *((sign * (factor / sign.numel())).to(dtype) for factor, sign, dtype in signs)
 
 
+def distances(anchors, parts, compare=compare):
+    """Per level, the sum over j of mean |anchor - other_j|, (levels,); gradients flow to the anchors only.
+
+    Args:
+        anchors: list over levels of (B, C, h, w).
+        parts: iterable of lists over levels of (N*B, C, h, w), each taken once, in turn; see `compare`.
+    """
+    return _Distances.apply(compare, parts, *anchors)
+
+
 @LOSS_REGISTRY.register()
 class DynamicContrastiveLoss(nn.Module):
     """Pulls the student's features towards the teacher's and away from those of the negatives (Eq. 5).
@@ -166,8 +176,8 @@ class DynamicContrastiveLoss(nn.Module):
     def from_parts(self, anchor, positive, parts):
         """`from_levels` for negatives that come in parts: an iterable of such lists, each taken once, in turn."""
         self.check_levels(len(anchor))
-        numerators = _Distances.apply(self.compare, [positive], *anchor)
-        denominators = _Distances.apply(self.compare, _checked(parts), *anchor)
+        numerators = distances(anchor, [positive], self.compare)
+        denominators = distances(anchor, _checked(parts), self.compare)
         return self._ratios(numerators, denominators, [a.detach().abs().mean() for a in anchor])
 
     def forward(self, pred, target):

@@ -1,19 +1,26 @@
 """DCKD: Dynamic Contrastive Knowledge Distillation for Efficient Image Restoration (AAAI 2025)."""
 
+from functools import partial
+
 import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from dckd_sr.encoder import build_encoder
+from dckd_sr.errors import UserError
+from dckd_sr.inference import infer
 from dckd_sr.models.kd_model import KDModel
-from dckd_sr.ops import augment
+from dckd_sr.ops import augment, upcycling
 from dckd_sr.ops.degradations import Degradation, degrade
 from dckd_sr.ops.history import average_, update_interval
+from dckd_sr.ops.taps import Taps
 
 
 @MODEL_REGISTRY.register()
 class DCKDModel(KDModel):
     """L = L_rec + L_kd + w_dcl L_dcl + w_ce L_ce (Eq. 10), and the released code's label consistency L_lcr.
+
+    Other methods are further terms, with or without DCKD's: ``fakd_opt``, ``csd_opt``, ``mclir_opt``, ``dukd_opt``.
 
     Options of the released code: ``network_his``, ``network_vqgan`` and its paths; in ``train`` ``logits_opt``,
     ``lcr_opt`` with ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``,
@@ -33,8 +40,17 @@ class DCKDModel(KDModel):
         self.cri_lcr = self.build_criterion('lcr_opt')
         self.cri_cl = self.build_criterion('cl_opt')
         self.cri_ce = self.build_criterion('ce_opt')
+        self.cri_fakd = self.build_criterion('fakd_opt')
+        self.cri_csd = self.build_criterion('csd_opt')
+        self.cri_mclir = self.build_criterion('mclir_opt')
+        self.cri_dukd = self.build_criterion('dukd_opt')
         if self.cri_cl is not None:
             self.cri_cl.compare = self.run.compiled(self.cri_cl.compare)
+        if self.cri_mclir is not None:
+            self.cri_mclir.run = partial(self.run, 'encoder')
+        if self.cri_csd is not None and not ('encoder' in self.run.amp and self.run.dtype == torch.float16):
+            self.cri_csd.run = partial(self.run, 'encoder')
+        self.student_taps, self.teacher_taps = self.tap('student', self.net_g), self.tap('teacher', self.net_t)
         self.lcr_prob = (train_opt.get('noisy') or {}).get('prob', 0.5)
         self.num_neg = train_opt.get('num_neg', 4)
         self.negatives_micro_batch = train_opt.get('negatives_micro_batch')
@@ -48,15 +64,26 @@ class DCKDModel(KDModel):
         self.update_decay = train_opt.get('update_decay', 0.1)
         self.step = train_opt.get('step') or [1000, 2000, 3000]
         self.step_period = train_opt.get('step_period', 100000)
-        if self.opt.get('network_his', self.cri_cl is not None):
+        self.mclir_levels = self.cri_mclir is not None and self.cri_mclir.features == 'vqgan'
+        if self.opt.get('network_his', self.cri_cl is not None or self.cri_mclir is not None):
             self.net_his = self.build_frozen(self.opt['network_g'], 'history')
             average_(self.net_his, self.history_source(), 0)
-        if self.cri_cl is not None or self.cri_ce is not None:
+        if self.cri_cl is not None or self.cri_ce is not None or self.mclir_levels:
             paths = self.opt['path']
             encoder = build_encoder(
                 self.opt['network_vqgan'], paths.get('pretrain_network_vqgan'), paths.get('param_key_vqgan')
             )
             self.net_vqgan = self.run.prepare('encoder', encoder.to(self.device))
+
+    def tap(self, role, net):
+        """The maps of a network that fakd_opt compares; such a network is not compiled."""
+        paths = [] if self.cri_fakd is None else getattr(self.cri_fakd, role)
+        if not paths:
+            return Taps(net, ())
+        if net is None:
+            raise UserError('train.fakd_opt needs network_t, the teacher')
+        self.run.keep_uncompiled(role, 'train.fakd_opt reads its modules')
+        return Taps(net, paths, f'train.fakd_opt.{role}: ')
 
     def history_source(self):
         """What the history network follows: the student's EMA as released, or the student as printed (Eq. 6)."""
@@ -65,17 +92,27 @@ class DCKDModel(KDModel):
         return self.get_bare_model(self.net_g)
 
     def terms(self, current_iter):
-        student = self.run('student', self.net_g, self.lq)  # I_S
-        teacher, consistent = self.teach(current_iter)  # I_T
+        with self.student_taps as s_maps:
+            student = self.run('student', self.net_g, self.lq)  # I_S
+        with self.teacher_taps as t_maps:
+            teacher, consistent = self.teach(current_iter)  # I_T
         terms = self.image_terms(student, teacher)  # L_rec, L_kd
         if self.cri_lcr is not None:
             terms['l_lcr'] = self.cri_lcr(student, consistent)
+        if self.cri_fakd is not None:
+            terms['l_fakd'] = self.cri_fakd.from_maps(s_maps, t_maps, self.lq.shape[2:])
+        if self.cri_csd is not None:
+            terms['l_csd'] = self.cri_csd.contrast(student, teacher, self.lq)
+        if self.cri_dukd is not None:
+            terms.update(self.upcycle(current_iter))
         if self.net_vqgan is not None:
             s, t, negatives = self.encode(student, teacher, current_iter)  # f^S, f^T, f^Neg
             if self.cri_cl is not None:
                 terms['l_cl'] = self.cri_cl.from_parts(s.levels, t.levels, negatives)  # Eq. 5
             if self.cri_ce is not None:
                 terms['l_ce'] = self.cri_ce.from_logits(s.logits, t.logits)  # Eq. 9
+        if self.cri_mclir is not None:
+            terms['l_mclir'] = self.push(student, s.levels if self.mclir_levels else None)
         return terms
 
     def first_index(self, current_iter):
@@ -90,11 +127,54 @@ class DCKDModel(KDModel):
             return self.gt, self.gt
         if self.cri_lcr is None:
             return self.teacher(), None
-        seed = self.opt.get('manual_seed') or 0
-        flags = augment.draw_flags(self.lcr_prob, len(self.lq), seed, current_iter, self.first_index(current_iter))
+        flags = self.draw_flags(self.lcr_prob, current_iter)
         both = torch.cat([self.lq, augment.augment(self.lq, flags)])
         output, augmented = self.run('teacher', self.net_t, both).chunk(2)
         return output, augment.invert(augmented, flags)
+
+    def draw_flags(self, prob, current_iter, *purpose):
+        """Random invertible augmentations for this batch."""
+        seed = self.opt.get('manual_seed') or 0
+        return augment.draw_flags(prob, len(self.lq), seed, current_iter, self.first_index(current_iter), *purpose)
+
+    def upcycle(self, current_iter):
+        """DUKD: the student on tiles of GT, augmented, and on the shrunk LQ, against the teacher on the same."""
+        dukd, scale, seed = self.cri_dukd, self.opt.get('scale', 1), self.opt.get('manual_seed') or 0
+        height, width = self.lq.shape[2:]
+        if self.net_t is None or self.gt.shape[2:] != (height * scale, width * scale):
+            raise UserError(
+                f'train.dukd_opt needs network_t, and GT of scale = {scale} times LQ, but GT is '
+                f'{self.gt.shape[3]}x{self.gt.shape[2]} and LQ {width}x{height}'
+            )
+        # The wrapper for several processes has prepared the backward pass in its first call; a second one would write
+        # to buffers that the first one's gradient needs.
+        net_g, net_t = self.get_bare_model(self.net_g), self.net_t
+        chosen = upcycling.draw_tiles(dukd.n_gt_sub, scale, seed, current_iter, self.steps.micro)
+        tiles = upcycling.tiles(self.gt, scale, chosen)
+        drawn = [self.draw_flags(dukd.prob, current_iter, f'dukd {k}') for k in range(dukd.n_gt_sub)]
+        flags = {op: torch.cat([part[op] for part in drawn]) for op in augment.OPERATIONS}
+        student = augment.invert(self.run('student', net_g, augment.augment(tiles, flags)), flags)
+        with torch.no_grad():
+            teacher = self.run('teacher', net_t, tiles)
+        terms = {'l_dukd_in': dukd.zoomed_in(student, teacher)}
+        if dukd.zoom_out:
+            small = upcycling.shrink(self.lq, scale)
+            # Padded where it is no multiple of the windows.
+            student = infer(net_g, small, scale, run=partial(self.run, 'student'))
+            with torch.no_grad():
+                teacher = infer(net_t, small, scale, run=partial(self.run, 'teacher'))
+            terms['l_dukd_out'] = dukd.zoomed_out(student, self.lq, teacher)
+        return terms
+
+    def push(self, student, levels):
+        """MCLIR: away from the history network's output on the clean input, in VGG's features or the encoder's."""
+        with torch.no_grad():
+            negative = self.run('history', self.net_his, self.lq)
+            if self.mclir_levels:
+                negative = self.run('encoder', self.net_vqgan, negative, levels=True, codes=0).levels
+        if self.mclir_levels:
+            return self.cri_mclir.from_features(levels, negative)
+        return self.cri_mclir.push(student, negative)
 
     @torch.no_grad()
     def negative_inputs(self, current_iter):
@@ -122,7 +202,9 @@ class DCKDModel(KDModel):
             return self.run('history', self.net_his, inputs)
 
         wanted = batch if codes else 0
-        s = encoded(student, wanted)
+        s = self.run('encoder', self.net_vqgan, student, levels=contrast or self.mclir_levels, codes=wanted)
+        if not contrast and not codes:
+            return s, None, None
         with torch.no_grad():
             inputs = self.negative_inputs(current_iter) if contrast else self.lq[:0]
             if self.negatives_micro_batch and len(inputs):  # less memory, for some speed
@@ -143,9 +225,14 @@ class DCKDModel(KDModel):
     def get_current_log(self):
         log = super().get_current_log()
         if self.cri_cl is not None:
-            left_out = self.cri_cl.report().get('guarded', 0)
+            stats = self.cri_cl.report()
+            left_out = stats.pop('guarded', 0)
             if left_out:
                 log['cl_levels_left_out'] = left_out
+            self.details = {  # for metrics.jsonl
+                part: [value for name, value in stats.items() if name.startswith(part)]
+                for part in ('numerator', 'denominator')
+            }
         return log
 
     def extra_state(self):
