@@ -41,6 +41,8 @@ class Speed:
         self.channels_last = ROLES if opt.get('use_channels_last') else ()
         if self.device.type == 'cpu':
             self.channels_last = {*self.channels_last, 'encoder'}  # the same numbers up to rounding, sooner
+        if self.amp and self.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+            get_root_logger().warning('use_amp: this processor has no instructions for 16 bits; it will be much slower')
         self.checkpointing = bool(opt.get('use_checkpoint'))
         self.compile_mode = (opt.get('compile_mode') or 'default') if opt.get('use_compile') else None
         scaled = self.dtype == torch.float16 and {'student', 'encoder'} & set(self.amp)  # gradients pass through these
