@@ -31,7 +31,7 @@ from torch import nn
 
 from dckd_sr import complexity, logs, option_checks, option_files, option_keys, options, processes, step_parts, train
 from dckd_sr.data import build_train_loader
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, entry_point
 from dckd_sr.models.dckd_model import DCKDModel
 from dckd_sr.models.kd_model import KDModel
 from dckd_sr.ops.seeding import generator
@@ -53,6 +53,7 @@ _SLICE = 0.5  # seconds of steps that one time stands for, at least
 _EXACT, _FAST = (1e-4, 1e-2), (5e-2, 0.5)
 
 
+@entry_point()
 def main(argv=None):
     """Command line entry point.
 
@@ -60,19 +61,10 @@ def main(argv=None):
         exit code: 0 done, 1 done, but the step differs from the reference, so that no ratio is given, 2 a mistake in
         options or arguments (one message, no traceback), 130 interrupted.
     """
-    try:
-        args = _parser().parse_args(argv)
-        if args.json not in (None, '-') and not Path(args.json).absolute().parent.is_dir():
-            raise UserError(f'--json {args.json}: no such folder')
-        return args.run(args)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # --help
-        return stop.code or 0
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+    args = _parser().parse_args(argv)
+    if args.json not in (None, '-') and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f'--json {args.json}: no such folder')
+    return args.run(args)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from dckd_sr import evaluation, option_files, options, safe_yaml, test
-from dckd_sr.errors import UserError, nearest
+from dckd_sr.errors import UserError, entry_point, nearest
 from dckd_sr.option_keys import DROP_IN_LOSSES
 
 # Name -> blocks of `train`. Names are joined by +.
@@ -81,6 +81,7 @@ class Run:
         return self.options['name']
 
 
+@entry_point('interrupted; the same command continues')
 def main(argv=None):
     """Command line entry point.
 
@@ -96,19 +97,9 @@ def main(argv=None):
     add('--steps', type=int, metavar='N', help='iterations; schedules and history steps shrink or grow with it')
     add('--jobs', type=int, metavar='N', help='trainings at a time (default: one a GPU; one on the CPU)')
     add('--force_yml', nargs='+', metavar='A:B=VALUE', help='set keys of the recipe; values are YAML')
-    try:
-        args = parser.parse_args(argv)
-        for path in compare(args.opt, args.methods.split(','), args.seeds, args.steps, args.jobs, args.force_yml):
-            print(f'  {path}')
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except SystemExit as stop:
-        return stop.code or 0
-    except KeyboardInterrupt:
-        print('interrupted; the same command continues', file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    for path in compare(args.opt, args.methods.split(','), args.seeds, args.steps, args.jobs, args.force_yml):
+        print(f'  {path}')
 
 
 def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):

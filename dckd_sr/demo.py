@@ -18,7 +18,7 @@ import skimage
 from dckd_sr import options, test, train
 from dckd_sr.data import build_val_loader
 from dckd_sr.data.files import decode, read_bytes
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, entry_point
 from dckd_sr.evaluation import bicubic, evaluate, format_table, score, write_image, write_results
 from dckd_sr.ops import photo_damage
 from dckd_sr.ops.resize import imresize, modcrop
@@ -35,6 +35,7 @@ VARIANTS = 4  # differently damaged copies of each training photograph
 DEFAULT_STEPS = {'sr': 800, 'deblur': 300, 'derain': 250}
 
 
+@entry_point()
 def main(argv=None):
     """Returns the exit code: 0 done, 2 with one message where something is missing."""
     parser = argparse.ArgumentParser(prog='python -m dckd_sr.demo', description=__doc__.splitlines()[0])
@@ -43,15 +44,10 @@ def main(argv=None):
     parser.add_argument('--steps', type=int, help=f'training iterations of each student (default: {listed})')
     args = parser.parse_args(argv)
     steps = DEFAULT_STEPS[args.task] if args.steps is None else args.steps
-    try:
-        if steps < 8:
-            raise UserError(f'--steps {steps}: at least 8')
-        paths = run(steps) if args.task == 'sr' else run_restoration(args.task, steps)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    if steps < 8:
+        raise UserError(f'--steps {steps}: at least 8')
+    paths = run(steps) if args.task == 'sr' else run_restoration(args.task, steps)
     print('\nWritten:\n' + '\n'.join(f'  {path}' for path in paths))
-    return 0
 
 
 def run(steps):

@@ -1,7 +1,10 @@
 """The one error that users see, and the helper that finds what they meant."""
 
 import difflib
+import functools
+import os
 import re
+import sys
 
 
 class UserError(Exception):
@@ -9,6 +12,38 @@ class UserError(Exception):
 
     The message is complete and is printed as it is; entry points turn it into ``error: ...`` and exit code 2.
     """
+
+
+def entry_point(interrupted='interrupted'):
+    """Decorator of an entry point ``main(argv=None)`` that returns an exit code, or None for 0.
+
+    Mistakes become ``error: ...`` on the error stream and exit code 2; Ctrl+C becomes ``interrupted`` and 130.
+    argparse's own exits are returned, and a reader that has gone (``| head``) is no error.
+    """
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            try:
+                code = main(argv) or 0
+                sys.stdout.flush()
+                return code
+            except UserError as error:
+                print(f'error: {error}', file=sys.stderr)
+                return 2
+            except SystemExit as stop:
+                return stop.code or 0
+            except KeyboardInterrupt:
+                print(interrupted, file=sys.stderr)
+                return 130
+            except BrokenPipeError:
+                # What is left to write must go somewhere, or Python complains at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
+
+        return run
+
+    return decorate
 
 
 def nearest(name, candidates):

@@ -25,7 +25,7 @@ from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
 from dckd_sr import safe_yaml
 from dckd_sr.commands import parser
-from dckd_sr.errors import UserError, nearest
+from dckd_sr.errors import entry_point, nearest
 from dckd_sr.option_checks import Report, check_file  # noqa: F401  (check_file: for entry points)
 from dckd_sr.option_files import OptionError, apply_overrides
 
@@ -291,6 +291,7 @@ def resolve_gpus(opt, report, launcher):
 # Command line
 
 
+@entry_point()
 def main(argv=None):
     """``python -m dckd_sr.options``.
 
@@ -304,16 +305,8 @@ def main(argv=None):
     option_show.add_command(commands)
     option_schema.add_command(commands)
 
-    try:
-        args = top.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    args = top.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == '__main__':

@@ -14,10 +14,11 @@ from dckd_sr.data import downloads, jobs, lmdb_maker, teacher_cache
 from dckd_sr.data.lr_images import make_sr, make_subimages
 from dckd_sr.data.pairs import check, make_pairs
 from dckd_sr.data.preparing import Outcome, Result, read_image, refuse_inside, some, stems_of, unfit_text
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, entry_point
 from dckd_sr.ops.resize import CONVENTIONS
 
 
+@entry_point('interrupted: the same command continues')
 def main(argv=None):
     """Command line entry point.
 
@@ -25,21 +26,11 @@ def main(argv=None):
         exit code: 0 done, 1 done but for some images, which are named, 2 a mistake in arguments, paths or the network
         (one message, no traceback), 130 interrupted.
     """
-    try:
-        args = _parser().parse_args(argv)
-    except SystemExit as stop:
-        return stop.code
+    args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted: the same command continues', file=sys.stderr)
-        return 130
+        raise UserError(f'{error.filename}: {error.strerror}') from error
     if result.alpha:
         print(f'alpha channel dropped, colours as stored: {some(result.alpha)}')
     for problem in result.problems:

@@ -21,9 +21,10 @@ import torch
 
 import dckd_sr
 from dckd_sr import compare, evaluation, logs, report_networks, safe_yaml
-from dckd_sr.errors import UserError, nearest, reason
+from dckd_sr.errors import UserError, entry_point, nearest, reason
 
 
+@entry_point()
 def main(argv=None):
     """Command line entry point.
 
@@ -36,19 +37,9 @@ def main(argv=None):
     add('runs', nargs='+', metavar='RUN', help="a run's folder or name, or a folder of dckd_sr.compare")
     add('-o', '--output', metavar='FILE.html', help='default: report.html in the folder of the first RUN')
     add('--images', type=int, default=4, metavar='N', help='validation images to look at (default: 4; 0: none)')
-    try:
-        args = parser.parse_args(argv)
-        for path in report(args.runs, args.output, args.images):
-            print(f'  {path}')
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except SystemExit as stop:
-        return stop.code or 0
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    for path in report(args.runs, args.output, args.images):
+        print(f'  {path}')
 
 
 def report(arguments, output=None, images=4):

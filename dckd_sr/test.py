@@ -27,32 +27,22 @@ from basicsr.utils.options import dict2str
 from dckd_sr import checkpoint, logs, option_keys, options, processes
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import bicubic, evaluate, format_table, format_value, write_results
 from dckd_sr.inference import VAL_KEYS
 from dckd_sr.speed import Speed
 
 
+@entry_point()
 def main(argv=None):
     """Command line entry point.
 
     Returns:
         exit code: 0 done, 2 a mistake in options, paths or images (one message, no traceback), 130 interrupted.
     """
-    try:
-        opt, args, notes = options.parse(sys.argv[1:] if argv is None else argv, is_train=False, command=parser())
-        if args.launcher != 'none' and int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) > 0:
-            return 0  # one process tests
-        test(opt, args, notes)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse: --help, or an unknown flag
-        return stop.code or 0
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
-    return 0
+    opt, args, notes = options.parse(sys.argv[1:] if argv is None else argv, is_train=False, command=parser())
+    if args.launcher == 'none' or int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
+        test(opt, args, notes)  # in one process
 
 
 def test(opt, args, notes=()):

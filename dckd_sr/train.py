@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dckd_sr import checkpoint, logs, option_changes, options, processes
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, entry_point, reason
 
 try:
     import dckd_sr.models  # noqa: F401  (everything registers)
@@ -38,6 +38,7 @@ from dckd_sr.evaluation import bicubic, evaluate
 PATIENCE = 10  # iterations in a row that may be left out with train.on_nonfinite: skip
 
 
+@entry_point('interrupted; continue with --auto_resume')
 def main(argv=None):
     """Command line entry point.
 
@@ -48,14 +49,6 @@ def main(argv=None):
     try:
         opt, args, notes = options.parse(sys.argv[1:] if argv is None else argv, is_train=True)
         return train(opt, args, notes)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse: --help, or an unknown flag
-        return stop.code or 0
-    except KeyboardInterrupt:
-        print('interrupted; continue with --auto_resume', file=sys.stderr)
-        return 130
     finally:
         processes.stop()
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dckd_sr import checkpoint, restricted_pickle, safe_yaml
 from dckd_sr.download import fetch, sha256_of, unpack
-from dckd_sr.errors import UserError, nearest
+from dckd_sr.errors import UserError, entry_point, nearest
 from dckd_sr.zoo_table import ENTRIES
 
 FOLDER = Path('experiments', 'pretrained_models')
@@ -30,6 +30,7 @@ _DECODER = ('decoder.', 'post_quant_conv.')
 _FORMATS = ('.pth', '.safetensors')
 
 
+@entry_point()
 def main(argv=None):
     """Command line entry point.
 
@@ -64,16 +65,8 @@ def main(argv=None):
     sub.add_argument('--no-decoder', action='store_true', help='of a VQGAN: what distillation needs and no more')
     sub.add_argument('--force', action='store_true', help='replace OUT if it exists')
     sub.set_defaults(run=_convert)
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 def find(name):

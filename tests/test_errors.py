@@ -88,3 +88,17 @@ def test_mistakes_in_real_processes(tmp_path, monkeypatch):
         for name, done in zip(commands, pool.map(start, commands)):
             monkeypatch.chdir(commands[name][0])
             check(name, done.returncode, done.stderr)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    for unbuffered in ('', '1'):  # told while printing, or at the end
+        command = [sys.executable, '-m', 'dckd_sr.zoo', 'list']
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, 'PYTHONUNBUFFERED': unbuffered},
+        )
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b'')
+        process.stderr.close()
