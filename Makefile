@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 	$(PIP) setuptools wheel
 	$(PIP) torch torchvision numpy
 	$(PIP) --no-build-isolation --use-pep517 basicsr
-	$(PIP) --no-build-isolation --use-pep517 -e '.[test,lint,report]'
+	$(PIP) --no-build-isolation --use-pep517 -e '.[test,lint,report,onnx]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -33,6 +33,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['dckd_sr', 'dckd_sr.*']),
+    package_data={'dckd_sr': ['report.html']},
     # BasicSR 1.4.2 cannot be built on Python 3.13 (its setup.py reads locals() after exec).
     python_requires='>=3.9,<3.13',
     install_requires=[
@@ -54,7 +55,8 @@ setup(
     extras_require={
         'test': ['pytest>=7.4', 'pytest-xdist>=3.5', 'hypothesis>=6.80', 'kornia>=0.7.2', 'fastjsonschema>=2.19'],
         'lint': ['ruff>=0.6'],
-        'report': ['matplotlib>=3.7'],
+        'report': ['jinja2>=3.0', 'matplotlib>=3.7'],
+        'onnx': ['onnx>=1.19', 'onnxruntime>=1.19'],
     },
     cmdclass={'build_py': BuildWithShippedFiles},
     entry_points={

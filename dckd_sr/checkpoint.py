@@ -7,6 +7,7 @@ network files with sizes and checksums: a checkpoint without a state that verifi
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from basicsr.utils import get_root_logger
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
@@ -29,6 +30,7 @@ _ENTRIES = {'epoch': int, 'iter': int, 'optimizers': list, 'schedulers': list}
 _OPTIONAL = {'dckd_sr': dict, 'generators': list, 'best_metric_results': dict, 'extra': dict, 'files': dict}
 _OPTIONAL.update(options=str, failures=int)
 BARE = 'bare weights'
+METADATA = 'dckd_sr'  # name of our entry in files that we export: JSON
 _KEYS = ('params_ema', 'params', 'state_dict')
 # SwinIR stores constants that depend on the training patch; its forward computes them for any other size.
 _CONSTANTS = ('attn_mask', 'relative_position_index')
@@ -84,6 +86,30 @@ def _read(path):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:  # on damaged files torch raises whatever its parts raise
         return restricted_pickle.load(path)
+
+
+def read_metadata(path):
+    """What a .safetensors file that we exported says about itself, see `export`; {} of any other file.
+
+    Raises:
+        UserError: missing or damaged file.
+    """
+    if Path(path).suffix != '.safetensors':
+        return {}
+    try:
+        with safe_open(path, 'pt') as file:
+            return parse_metadata((file.metadata() or {}).get(METADATA))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read as safetensors: {_first_line(error)}') from error
+
+
+def parse_metadata(text):
+    """The dict of a JSON text; {} of anything else."""
+    try:
+        told = json.loads(text or '{}')
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _first_line(error):

@@ -43,7 +43,7 @@ def setup_arguments():
     return arguments
 
 
-def requirements(arguments, extras=('test', 'lint', 'report')):
+def requirements(arguments, extras=('test', 'lint', 'report', 'onnx')):
     lines = arguments['install_requires'] + [line for extra in extras for line in arguments['extras_require'][extra]]
     return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
 
@@ -105,7 +105,7 @@ def test_every_imported_package_is_required(setup_arguments):
     standard = set(sys.stdlib_module_names) if sys.version_info >= (3, 10) else set(sys.builtin_module_names)
     if sys.version_info < (3, 10):
         pytest.skip('Python 3.9 cannot name its standard library')
-    known = set(requirements(setup_arguments, extras=('report',)))
+    known = set(requirements(setup_arguments, extras=('report', 'onnx')))
     used = {canonicalize_name(MODULES.get(name, name)) for name in imported(ROOT / 'dckd_sr') - standard - {'dckd_sr'}}
     assert used <= known | {'setuptools'}, used - known
     declared = {canonicalize_name(name) for name in known} - used

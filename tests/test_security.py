@@ -71,6 +71,7 @@ EXCEPTIONS = {
     ('models/__init__.py', 'importlib.import_module'): 'the modules of this package',
     ('compat.py', 'importlib.import_module'): "BasicSR's and torchvision's modules, by fixed names",
     ('compat.py', 'importlib.util.find_spec'): 'looks for BasicSR and runs nothing',
+    ('export.py', 'importlib.util.find_spec'): 'looks for onnx and runs nothing',
     ('processes.py', 'subprocess.run'): "SLURM's scontrol: a list of words, no shell",
     ('processes.py', 'ctypes'): 'mallopt of the C library that this process has loaded',
     ('processes.py', 'ctypes.CDLL'): 'the same',

@@ -51,7 +51,7 @@ def spandrel(path, param_key=None, **options):
         UserError: unreadable file, unknown arch, or options that it does not have.
     """
     weights, used = checkpoint.read_weights(path, param_key)
-    found = infer(weights)
+    found = _recognised(weights, path)
     if found is None:
         descriptor = _descriptor(weights, path)
         check_options(path, _described_by(descriptor), options)
@@ -86,10 +86,20 @@ def describe(path, param_key=None):
 @functools.lru_cache(maxsize=16)
 def _describe(path, param_key, stamp):
     weights, _ = checkpoint.read_weights(path, param_key)
-    found = infer(weights)
+    found = _recognised(weights, path)
     if found is not None:
         return found[0]
     return _described_by(_descriptor(weights, path))
+
+
+def _recognised(weights, path):
+    """As `infer`; what a file of `export` says about itself adds what tensors cannot tell, such as res_scale."""
+    found, told = infer(weights), checkpoint.read_metadata(path).get('arch')
+    if found is None or not isinstance(told, dict) or told.get('type') != found[0].type:
+        return found
+    known = inspect.signature(ARCH_REGISTRY.get(found[0].type)).parameters
+    options = {key: value for key, value in told.items() if key in known}
+    return found[0]._replace(options={**found[0].options, **options}), found[1]
 
 
 def _described_by(descriptor):
@@ -132,7 +142,7 @@ def _descriptor(weights, path):
         with torch.random.fork_rng(devices=[]):
             descriptor = library.ModelLoader('cpu').load_from_state_dict(weights)
     except library.UnsupportedModelError as error:
-        raise UserError(f'{path} {_UNKNOWN}; its first keys are {", ".join(list(weights)[:3])}') from error
+        raise UserError(f'{path} {UNKNOWN}; its first keys are {", ".join(list(weights)[:3])}') from error
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(
             f'{path} is damaged or of a variant that spandrel cannot build: {_first_line(error)}'
@@ -142,7 +152,7 @@ def _descriptor(weights, path):
     return descriptor
 
 
-_UNKNOWN = 'is of no arch that is recognised: give network_t its type and options, and path.pretrain_network_t the file'
+UNKNOWN = 'is of no arch that is recognised: give network_t its type and options, and path.pretrain_network_t the file'
 
 
 def _window(descriptor):
@@ -281,6 +291,38 @@ def _edsr_pytorch(weights):
         else:
             return None
     return _rcan(renamed) if rcan else _edsr(renamed)
+
+
+def as_spandrel_reads(net):
+    """A network's weights under the names by which the library recognises it, which are our own but for RCAN.
+
+    RCAN's are those of its authors, see `_edsr_pytorch`; there, range and mean of the image are layers.
+    """
+    weights = net.state_dict()
+    described = _rcan(weights)
+    if described is None or net.body[0].residual_group[0].res_scale != 1:  # for which the library has no place
+        return weights
+    options = described[0].options
+    rules = [
+        (r'conv_first\.', 'head.0.'),
+        (r'conv_after_body\.', f'body.{options["num_group"]}.'),
+        (r'upsample\.', 'tail.0.'),
+        (r'conv_last\.', 'tail.1.'),
+        (r'body\.(\d+)\.conv\.', rf'body.\1.body.{options["num_block"]}.'),
+        (r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.3\.attention\.1\.', r'body.\1.body.\2.body.3.conv_du.0.'),
+        (r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.3\.attention\.3\.', r'body.\1.body.\2.body.3.conv_du.2.'),
+        (r'body\.(\d+)\.residual_group\.(\d+)\.rcab\.', r'body.\1.body.\2.body.'),
+    ]
+    renamed = {}
+    for key, value in weights.items():
+        pattern, replacement = next(rule for rule in rules if re.match(rule[0], key))
+        renamed[re.sub(f'^{pattern}', replacement, key)] = value
+    # The library's images have the range 255 before the first of these and after the second.
+    channels, mean, ratio = options['num_in_ch'], net.mean.detach().flatten(), net.img_range / 255
+    identity = torch.eye(channels).view(channels, channels, 1, 1)
+    renamed.update({'sub_mean.weight': identity * ratio, 'sub_mean.bias': -mean * net.img_range})
+    renamed.update({'add_mean.weight': identity / ratio, 'add_mean.bias': mean * 255})
+    return renamed
 
 
 def _nafnet(weights):

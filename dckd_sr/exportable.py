@@ -1,0 +1,120 @@
+"""Networks in a form that does not depend on the size of the image they are exported with.
+
+Export records the operations of one call. Where a forward decides by the size (which mask, how much padding, which of
+two ways to a mean), the record holds for that size alone. Here such steps are replaced, in a copy of the network, by
+ones that compute the same from the size, whatever it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from dckd_sr.archs.nafnet_arch import LocalMean
+from dckd_sr.inference import padding_of
+
+
+class Exportable(nn.Module):
+    """(B, C, h, w) float32 -> (B, C', h * scale, w * scale) float32, unclamped, any h and w.
+
+    Args:
+        net: the network; it is copied.
+        scale: output size over input size.
+        half: weights and computation in float16.
+    """
+
+    def __init__(self, net: nn.Module, scale: int, half: bool = False):
+        super().__init__()
+        net = copy.deepcopy(net).eval().requires_grad_(False)
+        for module in net.modules():
+            if isinstance(module, LocalMean):
+                module.forward = functools.partial(_local_mean, module)
+            elif _is_swin_block(module):
+                module.forward = functools.partial(_swin_block, module)
+            # Constants that a network keeps as plain tensors, such as EDSR's and SwinIR's mean: export and half() look
+            # for buffers.
+            for name, value in list(vars(module).items()):
+                if isinstance(value, torch.Tensor):
+                    delattr(module, name)
+                    module.register_buffer(name, value.detach(), persistent=False)
+        self.net = net.half() if half else net
+        self.scale, self.half_precision, self.multiple = scale, half, padding_of(net)
+
+    def forward(self, lq):
+        height, width = lq.shape[2], lq.shape[3]
+        x = lq.half() if self.half_precision else lq
+        if self.multiple > 1:
+            x = x.index_select(2, _mirrored(height, self.multiple, lq.device))
+            x = x.index_select(3, _mirrored(width, self.multiple, lq.device))
+        return self.net(x)[..., : height * self.scale, : width * self.scale].float()
+
+
+def _mirrored(side, multiple, device):
+    """Which row each row of ``ops.padding.pad_to_multiple`` is a copy of."""
+    places = torch.arange((side + multiple - 1) // multiple * multiple, device=device)
+    own = torch.arange(side, device=device)
+    last = own[-1]
+    reach = (places[-1] - last) <= last  # else mirroring would need more rows than there are: the last is repeated
+    beyond = torch.where(reach, 2 * last - places, last)
+    return torch.where(places <= last, places, beyond)
+
+
+def _is_swin_block(module):
+    """SwinIR's block, BasicSR's or another copy of the same code, such as spandrel's."""
+    parts = ('norm1', 'attn', 'norm2', 'mlp', 'drop_path', 'window_size', 'shift_size', 'calculate_mask')
+    return type(module).__name__ == 'SwinTransformerBlock' and all(hasattr(module, part) for part in parts)
+
+
+def _swin_block(block, x, x_size):
+    """SwinTransformerBlock.forward; sides are multiples of the window."""
+    height, width = x_size
+    side, shift = block.window_size, block.shift_size
+    batch, _, channels = x.shape
+    windows = block.norm1(x).view(batch, height, width, channels)
+    mask = None
+    if shift:
+        windows = torch.roll(windows, (-shift, -shift), (1, 2))
+        mask = _swin_mask(height, width, side, shift, x)
+    windows = windows.view(batch, height // side, side, width // side, side, channels).transpose(2, 3)
+    windows = block.attn(windows.reshape(-1, side * side, channels), mask=mask)
+    windows = windows.view(batch, height // side, width // side, side, side, channels).transpose(2, 3)
+    windows = windows.reshape(batch, height, width, channels)
+    if shift:
+        windows = torch.roll(windows, (shift, shift), (1, 2))
+    x = x + block.drop_path(windows.reshape(batch, height * width, channels))
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+def _swin_mask(height, width, side, shift, like):
+    """0 between pixels of one region, -100 between those that only the shift brought into one window.
+
+    Regions along an axis: all but the last window, the last window, and of it what came around.
+
+    Returns:
+        (windows, side * side, side * side).
+    """
+
+    def regions(size):
+        backwards = torch.arange(size, device=like.device).flip(0)  # 0 at the last one
+        return (backwards < side).to(like.dtype) + (backwards < shift).to(like.dtype)
+
+    regions = regions(height)[:, None] * 3 + regions(width)
+    regions = regions.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1, side * side)
+    return (regions[:, None, :] != regions[:, :, None]).to(like.dtype) * -100.0
+
+
+def _local_mean(module, x):
+    """LocalMean.forward without its way for windows that hold the whole image."""
+    x, kind = x.float(), x.dtype  # running sums are much larger than the means
+    for axis, window in ((3, module.window[1]), (2, module.window[0])):
+        sums = torch.cat([torch.zeros_like(x.narrow(axis, 0, 1)), x.cumsum(axis)], axis)
+        places = torch.arange(x.shape[axis], device=x.device)
+        end = places[-1] + 1
+        first = torch.minimum((places - (window - 1) // 2).clamp(min=0), (end - window).clamp(min=0))
+        last = torch.minimum(first + window, end)
+        count = (last - first).to(x.dtype).view(-1, *[1] * (3 - axis))
+        x = (sums.index_select(axis, last) - sums.index_select(axis, first)) / count
+    return x.to(kind)

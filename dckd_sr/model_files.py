@@ -1,0 +1,323 @@
+"""Networks from files of any kind: checkpoints with the options that belong to them, ONNX, TorchScript."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import math
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
+
+from dckd_sr import checkpoint, option_checks, option_files, zoo
+from dckd_sr.archs import spandrel_arch
+from dckd_sr.checkpoint import METADATA
+from dckd_sr.errors import UserError, reason
+from dckd_sr.inference import padding_of
+
+SCRIPT_METADATA = f'{METADATA}.json'
+ONNX_NEEDED = 'this needs onnx and onnxruntime: pip install "dckd_sr[onnx]"'
+_PROBE = 16  # least side of the image that a network's scale is measured with
+
+
+@dataclass
+class Model:
+    """A network that is ready to run.
+
+    Attributes:
+        run: (B, channels, h, w) float32 in [0, 1] -> (B, channels, h * scale, w * scale) float32, unclamped. It has
+            what `inference.infer` looks for: ``window_size`` and ``padder_size`` where sides matter.
+        scale: output size over input size.
+        channels: 1 or 3.
+        about: what it is and where its architecture is from, for people.
+        arch: network block (type and arguments) that builds it, or None where nothing but the file tells.
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    scale: int
+    channels: int
+    about: str
+    arch: dict[str, Any] | None = None
+
+    @property
+    def grid(self) -> int:
+        """Tiles start at multiples of it."""
+        return math.lcm(padding_of(self.run), getattr(self.run, 'padder_size', 1))
+
+    def metadata(self, precision: str) -> str:
+        """What an exported file says about itself, as JSON."""
+        told = {'arch': self.arch, 'scale': self.scale, 'channels': self.channels, 'padder_size': self.grid}
+        return json.dumps({**told, 'precision': precision})
+
+
+def load(
+    path: str,
+    opt_file: str | None = None,
+    letter: str = 'g',
+    param_key: str | None = None,
+    device: str | torch.device = 'cpu',
+) -> Model:
+    """The model of a file.
+
+    The architecture of a checkpoint is what the first of these says: ``opt_file``; the file's own metadata (a
+    .safetensors that we exported); ``resolved.yml`` of the run whose ``models`` folder it lies in; its tensors, see
+    `archs.spandrel_arch`. ONNX and TorchScript files carry their network. A TorchScript file is a program: it does what
+    it was written to do.
+
+    Args:
+        path: .pth, .ckpt, .safetensors, .onnx, or a TorchScript file.
+        opt_file: option file whose ``network_<letter>`` it is, for checkpoints.
+        letter: 'g' student, 't' teacher.
+        param_key: the entry with the weights, see `checkpoint.read_weights`.
+        device: where it runs.
+
+    Raises:
+        UserError: unreadable, of no known architecture, or no network from images to images.
+    """
+    file, device = Path(path), torch.device(device)
+    if not file.is_file():
+        raise UserError(f'{path} is {"a folder" if file.is_dir() else "not there"}; expected the file of a network')
+    kind = 'onnx' if file.suffix == '.onnx' else 'script' if _is_script(file) else None
+    if kind and (opt_file or param_key):
+        raise UserError(f'{path} carries its network: -opt and --param_key are for checkpoints')
+    if kind is not None:
+        try:
+            net = OnnxNetwork(str(file), device) if kind == 'onnx' else ScriptNetwork(str(file), device)
+            about = f'{net.kind}, {net.told.get("precision", "as it is")}'
+            return _measured(net, net.told.get('arch'), net.channels, about, device)
+        except UserError as error:
+            raise UserError(f'{file}: {error}') from error
+    block, origin = _block(file, opt_file, letter)
+    net = _build(file, block, origin, param_key).to(device).eval().requires_grad_(False)
+    about = f'{(block or {}).get("type") or type(net).__name__}, architecture from {origin}'
+    return _measured(net, block, _channels(net), about, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _block(file, opt_file, letter):
+    """(network block or None, where it is from)."""
+    if opt_file is not None:
+        return _block_of(option_files.read(opt_file), letter), opt_file
+    block = checkpoint.read_metadata(file).get('arch')
+    if block:
+        block = _checked(block, f'{file}: its metadata')
+        arguments = inspect.signature(ARCH_REGISTRY.get(block['type'])).parameters
+        # Option files are the user's own; this may be anybody's, and some archs read or fetch files when built.
+        if block['type'] == 'VGGFeatureExtractor' or any(name.endswith('path') for name in arguments):
+            raise UserError(f'{file}: its metadata: {block["type"]} reads other files; -opt FILE says what it is')
+        return block, 'the metadata of the file'
+    resolved = file.resolve().parent.parent / 'resolved.yml'
+    if file.resolve().parent.name == 'models' and resolved.is_file():
+        letter = 't' if file.name.startswith('net_t') else 'g'
+        return _block_of(option_files.read(str(resolved)), letter), option_files.shown(resolved)
+    return None, 'its tensors'
+
+
+def _block_of(file, letter):
+    """network_<letter> of an option file, as far as its other parts matter for it."""
+    where, name = option_files.shown(file.path), f'network_{letter}'
+    block = file.options.get(name)
+    if not isinstance(block, dict):
+        others = [key for key in file.options if key.startswith('network_') and isinstance(file.options[key], dict)]
+        raise UserError(f'{where} has no {name}' + (f'; it has {", ".join(others)}' if others else ''))
+    if block.get('type') == 'zoo':
+        block = zoo.resolve_zoo(block, {}, letter)[0]
+    block = {key: value for key, value in block.items() if key != 'allow_random'}
+    if block.get('type') == 'spandrel':  # the file is the one to load
+        return {key: value for key, value in block.items() if key not in ('path', 'param_key')}
+    return _checked(block, f'{where}: {name}')
+
+
+def _checked(block, where):
+    report = option_checks.Report()
+    if not isinstance(block, dict) or block.get('type') == 'spandrel':
+        raise UserError(f'{where}: expected the type and the arguments of an arch')
+    cls = option_checks.check_arch(report, 'arch', block)
+    if report.problems:
+        raise UserError(f'{where}: {"; ".join(report.problems)}')
+    if not inspect.isclass(cls) or not issubclass(cls, torch.nn.Module):
+        raise UserError(f'{where}: {block["type"]} is no network')
+    return block
+
+
+def _build(file, block, origin, param_key):
+    if block is None or block['type'] == 'spandrel':
+        options = {key: value for key, value in (block or {}).items() if key != 'type'}
+        try:
+            return spandrel_arch.spandrel(str(file), param_key, **options)
+        except UserError as error:
+            if spandrel_arch.UNKNOWN in str(error):
+                raise UserError(f'{file} is of no arch that its tensors tell: -opt FILE, with its network') from error
+            raise
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch, about lines of archs that a user cannot change
+            net = build_network(dict(block))
+    except Exception as error:  # whatever a constructor makes of its arguments
+        raise UserError(f'{origin}: {block["type"]} cannot be built: {reason(error)}') from error
+    weights, used = checkpoint.read_weights(file, param_key)
+    found = spandrel_arch.infer(weights)  # which renames what has the names of other programs
+    checkpoint.load_weights(net, found[1] if found else weights, f'{file} ({used})')
+    return net
+
+
+def describe_arch(path: str, block: dict[str, Any] | None, param_key: str | None = None) -> dict[str, Any] | None:
+    """The plain block that builds a checkpoint's network without the file, or None where only spandrel builds it."""
+    if block is not None and block['type'] != 'spandrel':
+        return block
+    found = spandrel_arch.describe(path, param_key)
+    if not found.is_ours:
+        return None
+    options = {key: value for key, value in (block or {}).items() if key != 'type'}
+    return {'type': found.type, **found.options, **options}
+
+
+def _channels(net):
+    """What the first convolution reads, or 3."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            return module.in_channels
+    return 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exported files
+
+
+def import_onnxruntime():
+    """The module, quiet.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(ONNX_NEEDED) from error
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+class OnnxNetwork:
+    """An ONNX model in a network's place: (B, C, h, w) tensor -> tensor.
+
+    Args:
+        content: the model, as bytes or path.
+        device: 'cuda' where onnxruntime has it.
+
+    Raises:
+        UserError: no valid model, or not one of one image in and one out.
+    """
+
+    kind = 'ONNX'
+
+    def __init__(self, content: bytes | str, device: torch.device):
+        runtime = import_onnxruntime()
+        wanted = ['CPUExecutionProvider']
+        if device.type == 'cuda':
+            if 'CUDAExecutionProvider' not in runtime.get_available_providers():
+                raise UserError(f'--device {device}: this onnxruntime has no CUDA: pip install onnxruntime-gpu')
+            wanted.insert(0, ('CUDAExecutionProvider', {'device_id': device.index or 0}))
+        elif device.type != 'cpu':
+            raise UserError(f'--device {device}: onnxruntime runs on cpu and cuda here')
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self.session = runtime.InferenceSession(content, options, providers=wanted)
+        except Exception as error:  # onnxruntime's own kinds, and protobuf's
+            raise UserError(f'no ONNX model that onnxruntime can run: {reason(error)}') from error
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or 'float' not in inputs[0].type:
+            names = ', '.join(f'{each.name} {each.type} {each.shape}' for each in inputs)
+            raise UserError(f'expected one image in (B, C, h, w) and one out; this model takes {names}')
+        self.name, self.half = inputs[0].name, 'float16' in inputs[0].type
+        self.told = checkpoint.parse_metadata(self.session.get_modelmeta().custom_metadata_map.get(METADATA))
+        fixed = inputs[0].shape[1]
+        self.channels = fixed if isinstance(fixed, int) else 3
+        self.padder_size = _whole(self.told.get('padder_size'))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        image = x.detach().cpu().numpy().astype(np.float16 if self.half else np.float32)
+        try:
+            [out] = self.session.run(None, {self.name: image})
+        except Exception as error:
+            raise UserError(f'the ONNX model fails on {x.shape[3]}x{x.shape[2]}: {reason(error)}') from error
+        return torch.from_numpy(out.astype(np.float32)).to(x.device)
+
+
+def _is_script(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [name.partition('/')[2] for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return 'constants.pkl' in names and any(name.startswith('code/') for name in names)
+
+
+class ScriptNetwork:
+    """A TorchScript file in a network's place: (B, C, h, w) tensor -> tensor.
+
+    Raises:
+        UserError: no such file, or one of another torch.
+    """
+
+    kind = 'TorchScript'
+
+    def __init__(self, file: str | io.BytesIO, device: torch.device):
+        extra = {SCRIPT_METADATA: ''}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of torch: advice to write other files
+                self.module = torch.jit.load(file, map_location=device, _extra_files=extra).eval()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'no TorchScript file that this torch reads: {reason(error)}') from error
+        self.told = checkpoint.parse_metadata(extra[SCRIPT_METADATA])
+        self.channels, self.padder_size = self.told.get('channels', 3), _whole(self.told.get('padder_size'))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.module(x)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[-1]  # after the module's own lines
+            raise UserError(f'the TorchScript module fails on {x.shape[3]}x{x.shape[2]}: {line}') from error
+
+
+def _whole(value):
+    return value if isinstance(value, int) and 0 < value <= 4096 else 1
+
+
+def _measured(net, arch, channels, about, device):
+    """The `Model` of a network, its scale measured: what files say of themselves is not needed for that."""
+    if channels not in (1, 3):
+        raise UserError(f'this network reads {channels} channels; images have 1 or 3')
+    model = Model(net, 1, channels, about, arch)
+    side = -(-_PROBE // model.grid) * model.grid
+    image = torch.full((1, channels, side, side), 0.5, device=device)
+    try:
+        with torch.inference_mode():
+            out = net(image)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network raises on an image that it cannot take
+        raise UserError(f'this network cannot restore an image: {reason(error)}') from error
+    shape = tuple(getattr(out, 'shape', ()))
+    if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] % side or not shape[2]:
+        raise UserError(f'this network turns {tuple(image.shape)} into {shape}, no whole multiple of the size')
+    model.scale = shape[2] // side
+    model.about = f'{about}, x{model.scale}'
+    return model
