@@ -1,6 +1,7 @@
 """Several processes, by torch.distributed: joining them, agreeing between them, and the signals that end them."""
 
 import ctypes
+import gc
 import multiprocessing.connection
 import os
 import platform
@@ -81,6 +82,7 @@ def stop():
     global _host_group
     _host_group = None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # models that hold the group: its threads may not outlive Python, which would abort
         torch.distributed.destroy_process_group()
 
 

@@ -236,6 +236,8 @@ class TestImports:
             'class MyLoss(nn.Module):\n'
             '    def __init__(self, loss_weight=1.0):\n'
             '        super().__init__()\n'
+            '    def forward(self, pred, target):\n'
+            '        return (pred - target).abs().mean()\n'
             '@MODEL_REGISTRY.register()\n'
             'class MyModel(DCKDModel):\n'
             '    pass\n',

@@ -235,7 +235,7 @@ from dckd_sr.data import build_train_loader
 if __name__ == '__main__':
     loader, _ = build_train_loader(yaml.safe_load(open('opt.yml')), seed=3)
     batches = iter(loader)
-    next(batches)
+    next(batches), next(batches)  # one of each worker: both have begun
     workers = [process.pid for process in multiprocessing.active_children()]
     for worker in workers:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
