@@ -6,6 +6,7 @@ network files with sizes and checksums: a checkpoint without a state that verifi
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -436,12 +437,17 @@ def _models_folder(state_path, opt):
     return beside if beside.is_dir() else Path(opt['path']['models'])
 
 
-def resume(model, opt, state, path):
+def resume(model, opt, state, path, new_rates=False):
     """Put a training state into a freshly built model: trained networks, their EMA, optimisers and everything else.
 
     Teacher and encoder keep the files that the option file names (BasicSR's check_resume redirects these, too, to files
     that were never written).
+
+    Args:
+        new_rates: the option file has other settings of optimisers or schedule than the state, and they count: rates
+            are those that the new schedule has at this iteration. What optimisers have gathered stays.
     """
+    rates = _settings(model) if new_rates else None
     folder, ours = _models_folder(path, opt), state.get('dckd_sr') or {}
     for name in trained_networks(opt):
         file = folder / f'net_{name}_{state["iter"]}.pth'
@@ -454,8 +460,33 @@ def resume(model, opt, state, path):
                 load_network(model.get_bare_model(module), file, True, key)
     try:
         model.resume_training(state)
+        if new_rates:
+            _replay(model, rates)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'{path} does not fit this run: {reason(error)}') from error
+
+
+def _settings(model):
+    """Copies of what the options have made of optimisers and schedules."""
+    groups = [
+        [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+        for optimizer in model.optimizers
+    ]
+    return groups, [copy.deepcopy(scheduler.state_dict()) for scheduler in model.schedulers]
+
+
+def _replay(model, settings):
+    """Put back the settings, and bring the schedules to where they have been: many know their last step only."""
+    steps = [scheduler.last_epoch for scheduler in model.schedulers]
+    for optimizer, groups in zip(model.optimizers, settings[0]):
+        for group, values in zip(optimizer.param_groups, groups):
+            group.update(values)
+    for scheduler, fresh, count in zip(model.schedulers, settings[1], steps):
+        scheduler.load_state_dict(fresh)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that the optimiser has not stepped in between
+            for _ in range(count):
+                scheduler.step()
 
 
 def restore_state(model, state):

@@ -89,7 +89,7 @@ def prepare(opt, args, notes):
     if processes.largest(state['iter'] if state else 0, opt) != (state['iter'] if state else 0):
         raise UserError(f'the ranks see different checkpoints in {opt["path"]["training_states"]}: share that folder')
     text = options.to_yaml(opt)
-    changes = option_changes.compare(state, text) if state else []
+    changes = option_changes.compare(state, text) if state else {}
     start = state['iter'] if state else 0
     train_loader, sampler = build_train_loader(opt, opt['manual_seed'], opt['world_size'], opt['rank'], start)
     val_loaders = build_val_loaders(opt)
@@ -100,14 +100,14 @@ def prepare(opt, args, notes):
     if opt['rank'] > 0:
         set_random_seed(opt['manual_seed'] + opt['rank'])  # their stochastic layers do not
     if state:
-        checkpoint.resume(model, opt, state, state_path)
+        checkpoint.resume(model, opt, state, state_path, option_changes.concern_rates(changes))
     else:
         look_first(model, val_loaders, opt)
 
     make_folders(opt, args.opt, text, keep=state is not None)
     logger = logs.start(Path(opt['path']['log']) / f'train_{opt["name"]}_{get_time_str()}.log', bar)
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
-    for note in [*notes, *changes]:
+    for note in [*notes, *changes.values()]:
         logger.warning(note)
     logger.info(
         f'Training: {len(train_loader.dataset)} images, batch {describe_batch(opt, sampler)} on {model.device}, '

@@ -1,5 +1,6 @@
 """Stopping and going on, for every kind of model: the run that was cut equals the one that was not, bit for bit."""
 
+import json
 import os
 import re
 import shutil
@@ -265,6 +266,38 @@ def test_changed_options_are_told_and_another_network_is_refused(opt, capfd):
     opt['network_g'] = edsr(num_feat=4)
     assert train.main(['-opt', write(opt), '--auto_resume']) == 2
     assert 'cannot change: network_g.num_feat: 8 -> 4' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'scheduler',
+    [
+        {'type': 'MultiStepLR', 'milestones': [1, 3], 'gamma': 0.1},  # goes by its last rate
+        {'type': 'CosineAnnealingRestartLR', 'periods': [9], 'eta_min': 1e-6},  # goes by the number of the iteration
+    ],
+)
+def test_changed_rates_count_from_the_next_iteration(opt, scheduler):
+    """BasicSR takes rates, their schedule and the optimiser's settings from the state, whatever the options say."""
+
+    def rates(name):
+        lines = Path(f'experiments/{name}/metrics.jsonl').read_text().splitlines()
+        return {line['iter']: line['lrs'] for line in map(json.loads, lines)}
+
+    opt['logger'].update(save_checkpoint_freq=4, print_freq=1)
+    opt['train']['total_iter'] = 4
+    assert train.main(['-opt', write(opt)]) == 0
+    first = rates('run')
+    opt['train']['scheduler'], opt['train']['total_iter'] = scheduler, 8
+    opt['train']['optim_g'].update(lr=3e-3, weight_decay=0.01)
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+    resumed = rates('run')
+    opt['name'] = 'whole'
+    assert train.main(['-opt', write(opt)]) == 0
+    whole = rates('whole')
+    assert [resumed[i] for i in range(1, 5)] == [first[i] for i in range(1, 5)] != [whole[i] for i in range(1, 5)]
+    assert [resumed[i] for i in range(5, 9)] == [whole[i] for i in range(5, 9)]
+    groups = [torch.load(f'experiments/{name}/training_states/8.state')['optimizers'][0] for name in ('run', 'whole')]
+    assert groups[0]['param_groups'] == groups[1]['param_groups'] and groups[0]['param_groups'][0]['weight_decay'] > 0
+    assert float(groups[0]['state'][0]['step']) == 8  # what the optimiser has gathered is still there
 
 
 def test_a_state_of_basicsr_goes_on_with_a_warning(opt, capfd):
