@@ -661,6 +661,8 @@ def check_speed(report, opt, spec, given):
         for key in keys.SPEED_KEYS:
             if opt[key]:
                 report.error(key, f'{opt["model_type"]} does not read it; KDModel and DCKDModel do', True)
+        if opt['logger']['gradients']:
+            report.error('logger.gradients', f'{opt["model_type"]} does not read it; KDModel and DCKDModel do', True)
     for key, other in (('amp_bf16', 'use_amp'), ('amp_networks', 'use_amp'), ('compile_mode', 'use_compile')):
         if key in given and opt.get(key) not in (None, False, 'default') and not opt[other]:
             report.warn(key, f'without effect: {other} is false', opt[key])

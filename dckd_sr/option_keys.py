@@ -241,6 +241,7 @@ class Wandb(Section):
 
 class Logger(Section):
     print_freq: Positive = Field(100, description='log every so many iterations')
+    gradients: bool = Field(False, description="log each loss's gradient beside the first one's, at print_freq")
     save_checkpoint_freq: Positive = Field(5000, description='save every so many iterations')
     save_checkpoint_format: Literal['pth', 'safetensors'] = Field('pth', description='format of the network files')
     keep_checkpoints: Optional[Positive] = Field(

@@ -509,6 +509,8 @@ def test_progressive_stages_are_checked_like_the_crop():
 def test_speed_keys_belong_to_models_that_read_them():
     found = problems_of(esrgan(), 'use_amp=true')
     assert found == ['use_amp = true: ESRGANModel does not read it; KDModel and DCKDModel do']
+    found = problems_of(esrgan(), 'logger:gradients=true')
+    assert found == ['logger.gradients = true: ESRGANModel does not read it; KDModel and DCKDModel do']
     opt, notes = load(dckd(), 'use_compile=true', 'use_checkpoint=true', 'amp_bf16=true')
     assert opt['use_compile'] and opt['model_type'] == 'DCKDModel'
     assert any(note.endswith('amp_bf16 = true: without effect: use_amp is false') for note in notes)

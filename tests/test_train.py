@@ -12,7 +12,7 @@ import torch
 import yaml
 from small_run import dckd_run, write
 
-from dckd_sr import train
+from dckd_sr import logs, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,6 +97,23 @@ def test_a_plain_basicsr_file_runs_and_gains_our_losses(opt):
     assert train.main(['-opt', write(plain)]) == 0
     log = next(Path('experiments/gained').glob('*.log')).read_text()
     assert 'DCKDModel' in log and 'l_cl: ' in log
+
+
+@pytest.mark.parametrize('more', [{}, {'accum_iter': 2}])
+def test_gradients_are_logged_and_change_nothing(opt, more):
+    opt['train'].update(total_iter=4, **more)
+    opt['logger'].update(print_freq=2, save_checkpoint_freq=3)
+    weights, rows = [], []
+    for opt['name'], opt['logger']['gradients'] in (('without', False), ('with', True)):
+        assert train.main(['-opt', write(opt)]) == 0
+        folder = Path('experiments') / opt['name']
+        weights.append(torch.load(folder / 'models/net_g_latest.pth')['params'])
+        rows.append(logs.read_metrics(folder / 'metrics.jsonl'))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    added = [sorted(set(ours) - set(before)) for before, ours in zip(*rows)]
+    names = sorted(f'{loss}_{what}' for loss in ('l_ts', 'l_cl', 'l_ce') for what in ('grad', 'cos'))
+    assert [row['iter'] for row in rows[1]] == [2, 4] and added == [names, names]
+    assert all(row['l_ts_grad'] > 0 and -1 <= row['l_cl_cos'] <= 1 for row in rows[1])
 
 
 def test_a_loss_by_name_as_pixel_opt(opt):

@@ -10,6 +10,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from dckd_sr import checkpoint
+from dckd_sr.ops import gradients
 from dckd_sr.ops.history import average_
 from dckd_sr.ops.mixup import mixup
 from dckd_sr.option_keys import OWN_WEIGHTS
@@ -56,6 +57,8 @@ class KDModel(SRModel):
                 checkpoint.load_network(self.net_t, path, strict, key)
             elif self.opt['network_t']['type'] not in OWN_WEIGHTS:
                 get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
+        logger_opt = self.opt.get('logger') or {}
+        self.gradients, self.gradients_freq = {}, logger_opt.get('gradients') and logger_opt.get('print_freq', 100)
         self.cri_pix = self.build_criterion('pixel_opt')
         self.cri_perceptual = self.build_criterion('perceptual_opt')
         self.cri_logits = self.build_criterion('logits_opt')
@@ -125,11 +128,19 @@ class KDModel(SRModel):
         self.optimizer_g.zero_grad()
         self.mix(current_iter)
         terms = self.terms(current_iter)
+        if self.gradients_freq and current_iter % self.gradients_freq == 0 and self.steps.due:
+            self.gradients = gradients.against_first(terms, self.net_g.parameters(), self.steps.scaled)
         self.steps.scaled(sum(terms.values())).backward()
         self.optimizer_g.step()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         self.log_dict = self.reduce_loss_dict(terms)
+
+    def get_current_log(self):
+        log = super().get_current_log()
+        log.update((name, float(value)) for name, value in self.gradients.items())
+        self.gradients = {}
+        return log
 
     def extra_state(self):
         """What a training state must hold besides BasicSR's entries: the scale of float16's gradients."""
