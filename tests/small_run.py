@@ -27,6 +27,35 @@ VQGAN = {
         'z_channels': 32,
     },
 }
+# The smallest one, for losses alone.
+TINY_VQGAN = {
+    'embed_dim': 4,
+    'n_embed': 8,
+    'ddconfig': {
+        'in_channels': 3,
+        'out_ch': 3,
+        'resolution': 8,
+        'ch': 32,
+        'ch_mult': [1, 1],
+        'num_res_blocks': 1,
+        'attn_resolutions': [],
+        'z_channels': 4,
+    },
+}
+SWINIR = {
+    'type': 'SwinIR',
+    'upscale': 2,
+    'in_chans': 3,
+    'img_size': 16,
+    'window_size': 8,
+    'img_range': 1.0,
+    'depths': [2, 2],
+    'embed_dim': 12,
+    'num_heads': [2, 2],
+    'mlp_ratio': 2,
+    'upsampler': 'pixelshuffle',
+    'resi_connection': '1conv',
+}
 
 
 def edsr(num_feat=8, upscale=2):

@@ -5,31 +5,18 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import TINY_VQGAN
 
 from dckd_sr.archs.vqgan_arch import VQGAN
 from dckd_sr.encoder import build_encoder, build_loss_encoder
 from dckd_sr.errors import UserError
 
-CONFIG = {
-    'embed_dim': 4,
-    'n_embed': 8,
-    'ddconfig': {
-        'in_channels': 3,
-        'out_ch': 3,
-        'resolution': 8,
-        'ch': 32,
-        'ch_mult': [1, 1],
-        'num_res_blocks': 1,
-        'attn_resolutions': [],
-        'z_channels': 4,
-    },
-}
-OPTIONS = {'type': 'VQGAN', **CONFIG}
+OPTIONS = {'type': 'VQGAN', **TINY_VQGAN}
 
 
 def whole():
     """Weights of a trained VQGAN as public files have them: with decoder and the loss of its training."""
-    weights = VQGAN(**CONFIG, decoder=True).state_dict()
+    weights = VQGAN(**TINY_VQGAN, decoder=True).state_dict()
     return {**weights, 'loss.discriminator.main.0.weight': torch.zeros(2)}
 
 

@@ -6,26 +6,13 @@ import logging
 import pytest
 import torch
 from basicsr.models import build_model
-from small_run import VQGAN, edsr
+from small_run import SWINIR, VQGAN, edsr
 from torch import nn
 
 import dckd_sr  # noqa: F401
 from dckd_sr.speed import Speed, _blocks
 
-SWINIR = {
-    'type': 'SwinIR',
-    'upscale': 2,
-    'in_chans': 3,
-    'img_size': 16,
-    'window_size': 8,
-    'img_range': 1.0,
-    'depths': [2, 2],
-    'embed_dim': 12,
-    'num_heads': [2, 2],
-    'mlp_ratio': 2,
-    'upsampler': 'pixelshuffledirect',
-    'resi_connection': '1conv',
-}
+DIRECT = {**SWINIR, 'upsampler': 'pixelshuffledirect'}
 
 
 def model_with(train=None, network_g=None, **top):
@@ -171,7 +158,7 @@ def test_checkpointing_keeps_fewer_activations_and_draws_the_same_drop_path():
         output.square().sum().backward()
         return total, torch.cat([p.grad.flatten() for p in model.net_g.parameters()])
 
-    network = {**SWINIR, 'drop_path_rate': 0.5}
+    network = {**DIRECT, 'drop_path_rate': 0.5}
     (most, expected), (few, found) = (
         kept(model_with(network_g=network, use_checkpoint=value)) for value in (False, True)
     )
@@ -180,7 +167,7 @@ def test_checkpointing_keeps_fewer_activations_and_draws_the_same_drop_path():
 
 
 def test_blocks_are_those_of_the_body():
-    names = {type(block).__name__ for block in _blocks(model_with(network_g=SWINIR).net_g)}
+    names = {type(block).__name__ for block in _blocks(model_with(network_g=DIRECT).net_g)}
     assert names == {'RSTB'}
     assert len(list(_blocks(model_with(network_g={**edsr(), 'num_block': 3}).net_g))) == 3
 

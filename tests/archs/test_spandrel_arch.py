@@ -10,6 +10,7 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from safetensors.torch import save_file
+from small_run import SWINIR
 
 from dckd_sr.archs import spandrel_arch
 from dckd_sr.archs.spandrel_arch import describe
@@ -70,20 +71,6 @@ NETWORKS['restormer_other'] = {
     'bias': True,
     'LayerNorm_type': 'BiasFree',
     'dual_pixel_task': True,
-}
-SWINIR = {
-    'type': 'SwinIR',
-    'upscale': 2,
-    'in_chans': 3,
-    'img_size': 16,
-    'window_size': 8,
-    'img_range': 1.0,
-    'depths': [2, 2],
-    'embed_dim': 12,
-    'num_heads': [2, 2],
-    'mlp_ratio': 2,
-    'upsampler': 'pixelshuffle',
-    'resi_connection': '1conv',
 }
 
 

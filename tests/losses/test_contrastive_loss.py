@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.losses import build_loss
+from small_run import TINY_VQGAN
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,22 +19,7 @@ from dckd_sr.errors import UserError
 from dckd_sr.losses.contrastive_loss import DynamicContrastiveLoss
 
 SHAPES = [(4, 6, 5), (3, 3, 2)]  # C, h, w of two levels
-ENCODER = {
-    'type': 'VQGAN',
-    'embed_dim': 4,
-    'n_embed': 8,
-    'ddconfig': {
-        'in_channels': 3,
-        'out_ch': 3,
-        'resolution': 8,
-        'ch': 32,
-        'ch_mult': [1, 1],
-        'num_res_blocks': 1,
-        'attn_resolutions': [],
-        'z_channels': 4,
-    },
-    'allow_random': True,
-}
+ENCODER = {'type': 'VQGAN', **TINY_VQGAN, 'allow_random': True}
 
 
 def features(batch, dtype=torch.float64, seed=0):

@@ -5,28 +5,14 @@ import numpy as np
 import pytest
 import torch
 from basicsr.losses import build_loss
+from small_run import TINY_VQGAN
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dckd_sr.archs.vqgan_arch import VQGAN
 from dckd_sr.errors import UserError
 from dckd_sr.losses.distribution_loss import DistributionMappingLoss
 
-ENCODER = {
-    'type': 'VQGAN',
-    'embed_dim': 4,
-    'n_embed': 8,
-    'ddconfig': {
-        'in_channels': 3,
-        'out_ch': 3,
-        'resolution': 8,
-        'ch': 32,
-        'ch_mult': [1, 1],
-        'num_res_blocks': 1,
-        'attn_resolutions': [],
-        'z_channels': 4,
-    },
-    'allow_random': True,
-}
+ENCODER = {'type': 'VQGAN', **TINY_VQGAN, 'allow_random': True}
 
 
 def softmax(x):

@@ -3,23 +3,11 @@
 import pytest
 import torch
 from basicsr.archs import build_network
-from small_run import edsr
+from small_run import SWINIR, edsr
 from torch import nn
 
 from dckd_sr.errors import UserError
 from dckd_sr.ops.taps import Taps
-
-SWINIR = {
-    'type': 'SwinIR',
-    'upscale': 2,
-    'img_size': 8,
-    'window_size': 4,
-    'depths': [2, 2],
-    'embed_dim': 12,
-    'num_heads': [2, 2],
-    'mlp_ratio': 2,
-    'upsampler': 'pixelshuffledirect',
-}
 
 
 def net(blocks=3):
