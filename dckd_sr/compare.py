@@ -180,6 +180,9 @@ def method_options(recipe, method, own=None):
     for block in DROP_IN_LOSSES:
         if block not in used:
             train.pop(block, None)
+    shares = {block: share for block, share in (train.get('gradient_shares') or {}).items() if block in used}
+    train.pop('gradient_shares', None)
+    train.update({'gradient_shares': shares} if shares else {})
     for network, needed_by in NETWORKS.items():
         if not used & set(needed_by):
             opt.pop(network, None)

@@ -688,6 +688,7 @@ def check_distillation(report, opt, given):
     if brings_weights and opt['path'].get('pretrain_network_t') and bare(teacher['type']) == 'Ensemble':
         text = 'not for an Ensemble: each of its networks names its file as pretrain'
         report.error('path.pretrain_network_t', text, opt['path']['pretrain_network_t'])
+    check_shares(report, train)
     if train.get('cl_opt') or train.get('mclir_opt'):
         check_history(report, opt, given)
     if train.get('cl_opt'):
@@ -697,6 +698,19 @@ def check_distillation(report, opt, given):
             check_levels(report, opt, f'train.{key}')
     if train.get('fakd_opt'):
         check_taps(report, train['fakd_opt'])
+
+
+def check_shares(report, train):
+    """What gradient_shares names is there, and so is something that the shares are of."""
+    shares = {key: share for key, share in (train.get('gradient_shares') or {}).items() if share is not None}
+    for key, share in shares.items():
+        if not train.get(key):
+            report.warn(f'train.gradient_shares.{key}', f'without effect: there is no train.{key}', share)
+    others = ('pixel_opt', 'perceptual_opt', 'logits_opt', 'lcr_opt', *keys.GradientShares.model_fields)
+    if shares and not any(train.get(key) for key in others if key not in shares):
+        report.error(
+            'train.gradient_shares', "of what? There is no other loss of the student's output, as pixel_opt is"
+        )
 
 
 def check_taps(report, block):

@@ -187,6 +187,13 @@ class Noisy(Section):
     prob: Probability = Field(0.5, description='probability of each augmentation (invert, flips, transpose)')
 
 
+class GradientShares(Section):
+    cl_opt: Optional[PositiveNumber] = None
+    ce_opt: Optional[PositiveNumber] = None
+    csd_opt: Optional[PositiveNumber] = None
+    mclir_opt: Optional[PositiveNumber] = None
+
+
 class DCKDTrain(KDTrain):
     """DCKDModel's keys: the released code's, and ours for what the paper says differently."""
 
@@ -198,6 +205,9 @@ class DCKDTrain(KDTrain):
     csd_opt: Optional[Block] = Field(None, description="CSD: contrast with enlarged inputs in VGG19's features")
     mclir_opt: Optional[Block] = Field(None, description='MCLIR: push from the history on the clean input')
     dukd_opt: Optional[Block] = Field(None, description='DUKD: teacher and student on zoomed inputs')
+    gradient_shares: Optional[GradientShares] = Field(
+        None, description="gradient of these losses at the student's output over that of the others, for loss_weight"
+    )
     num_neg: Negatives = Field(4, description='degraded negatives')
     neg_clean: bool = Field(True, description='the clean input is one more negative')
     negatives_micro_batch: Optional[Positive] = Field(

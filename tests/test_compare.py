@@ -41,6 +41,9 @@ def test_a_method_is_the_recipe_without_the_others_blocks(method, losses, networ
     others = {key: value for key, value in recipe['train'].items() if key not in option_keys.DROP_IN_LOSSES}
     assert {key: opt['train'][key] for key in others} == others
     assert blocks(recipe) == {'logits_opt', 'lcr_opt', 'cl_opt', 'ce_opt'}  # the recipe is not changed
+    recipe['train']['gradient_shares'] = {'cl_opt': 0.3, 'ce_opt': 0.1}
+    shares = {name: compare.method_options(recipe, name)['train'].get('gradient_shares') for name in ('lcr', 'dcr')}
+    assert shares == {'lcr': None, 'dcr': {'cl_opt': 0.3}}
 
 
 def test_runs_share_seeds_and_come_seed_by_seed():

@@ -93,6 +93,7 @@ def losses(run):
 def test_two_processes_equal_one_with_twice_the_batch(opt):
     Path('record.py').write_text(RECORD)
     opt['imports'] = ['record']
+    opt['train']['gradient_shares'] = {'ce_opt': 0.3}
     assert start(opt).wait(timeout=120) == 0, output()
     assert [len(Path(f'validated_{rank}').read_text()) for rank in (0, 1)] == [2, 2]  # of four images
     del opt['imports']

@@ -506,6 +506,25 @@ def test_progressive_stages_are_checked_like_the_crop():
     assert 'iters has 2' in problem and 'gt_sizes has 1' in problem
 
 
+def test_shares_are_of_something():
+    assert problems_of(dckd(), 'train:gradient_shares={cl_op: 0.3}') == [
+        "train.gradient_shares.cl_op = 0.3: unknown key (did you mean 'cl_opt'?)"
+    ]
+    alone = (
+        'train:pixel_opt=~',
+        'train:logits_opt=~',
+        'train:lcr_opt=~',
+        'train:gradient_shares={cl_opt: 0.3, ce_opt: 0.1}',
+    )
+    assert problems_of(dckd(), *alone) == [
+        "train.gradient_shares: of what? There is no other loss of the student's output, as pixel_opt is"
+    ]
+    _, notes = load(dckd(), 'train:gradient_shares={cl_opt: 0.3, csd_opt: 0.1}')
+    assert [note for note in notes if 'shares' in note] == [
+        'train.gradient_shares.csd_opt = 0.1: without effect: there is no train.csd_opt'
+    ]
+
+
 def test_speed_keys_belong_to_models_that_read_them():
     found = problems_of(esrgan(), 'use_amp=true')
     assert found == ['use_amp = true: ESRGANModel does not read it; KDModel and DCKDModel do']

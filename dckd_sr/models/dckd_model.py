@@ -10,7 +10,7 @@ from dckd_sr.encoder import build_encoder
 from dckd_sr.errors import UserError
 from dckd_sr.inference import infer
 from dckd_sr.models.kd_model import KDModel
-from dckd_sr.ops import augment, upcycling
+from dckd_sr.ops import augment, gradients, upcycling
 from dckd_sr.ops.degradations import Degradation, degrade
 from dckd_sr.ops.history import average_, update_interval
 from dckd_sr.ops.taps import Taps
@@ -26,8 +26,8 @@ class DCKDModel(KDModel):
     ``lcr_opt`` with ``noisy.prob``, ``cl_opt``, ``ce_opt``, ``num_neg``, ``update_decay``, ``step``,
     ``gaussian_blur_prob`` (1 where absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where
     absent). Ours, for the printed paper where it differs: ``neg_clean`` (true: the clean LQ is one more negative),
-    ``history_from`` ('ema' or 'student'), ``step_period`` (100000). Any subset of the losses works,
-    and so does ``ema_decay: 0``.
+    ``history_from`` ('ema' or 'student'), ``step_period`` (100000). ``gradient_shares`` takes
+    the place of loss weights. Any subset of the losses works, and so does ``ema_decay: 0``.
     """
 
     def __init__(self, opt):
@@ -52,6 +52,8 @@ class DCKDModel(KDModel):
             self.cri_csd.run = partial(self.run, 'encoder')
         self.student_taps, self.teacher_taps = self.tap('student', self.net_g), self.tap('teacher', self.net_t)
         self.lcr_prob = (train_opt.get('noisy') or {}).get('prob', 0.5)
+        shares = (train_opt.get('gradient_shares') or {}).items()
+        self.shares = {f'l_{block[: -len("_opt")]}': share for block, share in shares if share is not None}
         self.num_neg = train_opt.get('num_neg', 4)
         self.negatives_micro_batch = train_opt.get('negatives_micro_batch')
         self.neg_clean = train_opt.get('neg_clean', True)
@@ -96,6 +98,7 @@ class DCKDModel(KDModel):
             student = self.run('student', self.net_g, self.lq)  # I_S
         with self.teacher_taps as t_maps:
             teacher, consistent = self.teach(current_iter)  # I_T
+        self.student_output = student
         terms = self.image_terms(student, teacher)  # L_rec, L_kd
         if self.cri_lcr is not None:
             terms['l_lcr'] = self.cri_lcr(student, consistent)
@@ -114,6 +117,10 @@ class DCKDModel(KDModel):
         if self.cri_mclir is not None:
             terms['l_mclir'] = self.push(student, s.levels if self.mclir_levels else None)
         return terms
+
+    def pulls(self, terms):
+        output, self.student_output = self.student_output, None
+        return gradients.with_shares(terms, output, self.shares, self.steps.scaled)
 
     def first_index(self, current_iter):
         """Index of this rank's first sample among all samples of the run: draws depend on it, not on the rank."""

@@ -103,6 +103,10 @@ class KDModel(SRModel):
         student = self.run('student', self.net_g, self.lq)
         return self.image_terms(student, self.teacher())
 
+    def pulls(self, terms):
+        """What is minimised: the terms, or others with the gradients that they shall have."""
+        return terms
+
     @torch.no_grad()
     def teacher(self):
         """The teacher's output for this batch: cached, or computed; without a teacher the ground truth."""
@@ -128,9 +132,10 @@ class KDModel(SRModel):
         self.optimizer_g.zero_grad()
         self.mix(current_iter)
         terms = self.terms(current_iter)
+        pulls = self.pulls(terms)
         if self.gradients_freq and current_iter % self.gradients_freq == 0 and self.steps.due:
-            self.gradients = gradients.against_first(terms, self.net_g.parameters(), self.steps.scaled)
-        self.steps.scaled(sum(terms.values())).backward()
+            self.gradients = gradients.against_first(pulls, self.net_g.parameters(), self.steps.scaled)
+        self.steps.scaled(sum(pulls.values())).backward()
         self.optimizer_g.step()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)

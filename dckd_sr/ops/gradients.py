@@ -1,6 +1,47 @@
-"""How strongly, and where to, each term of a loss pulls: what a ``loss_weight`` amounts to with one's own networks."""
+"""How strongly, and where to, each term of a loss pulls: measuring it, and setting it where a weight cannot.
+
+A ``loss_weight`` fits one encoder, one task and one part of a training: the gradient of an L1 loss shrinks as the
+student learns, that of a ratio of features need not.
+"""
 
 import torch
+import torch.distributed as dist
+
+
+def with_shares(terms, output, shares, scaled=lambda loss: loss):
+    """Replace terms by others, whose gradient at the network's output is a given part of that of the rest.
+
+    VQGAN's adaptive weight (Esser et al. 2021, Eq. 7) does this for its discriminator, at the last layer.
+
+    Args:
+        terms: dict name -> 0-d tensor.
+        output: the network's output that they were computed from.
+        shares: dict name -> 2-norm of the term's gradient at ``output`` over that of the sum of the terms not named
+            here; the norms are those of the batches of all processes.
+        scaled: what a loss goes through before ``backward`` (mixed precision).
+
+    Returns:
+        dict: the terms, those of ``shares`` as numbers that mean nothing but have that gradient; 0 where one of the
+        two gradients is 0.
+    """
+    rest = [term for name, term in terms.items() if name not in shares]
+    names = [name for name in terms if name in shares]
+    if not names:
+        return terms
+    sums = [scaled(sum(rest)) if rest else output.sum() * 0, *(scaled(terms[name]) for name in names)]
+    found = []
+    for loss in sums:
+        (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
+        found.append(torch.zeros_like(output) if gradient is None else gradient)
+    squares = torch.stack([gradient.double().square().sum() for gradient in found])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(squares)
+    norms = squares.sqrt() / scaled(squares.new_ones(()))
+    result = dict(terms)
+    for name, norm, gradient in zip(names, norms[1:], found[1:]):
+        direction = gradient.double() / torch.where(norm == 0, 1, norm) / scaled(squares.new_ones(()))
+        result[name] = (output.float() * (shares[name] * norms[0] * direction).float()).sum()
+    return result
 
 
 def against_first(terms, parameters, scaled=lambda loss: loss):

@@ -225,6 +225,36 @@ def test_any_subset_of_the_losses(removed, expected):
     assert not np.array_equal(before, flat(model.net_g))
 
 
+def test_gradient_shares_are_those_of_the_step():
+    """The gradient of the step, against losses weighted by hand from norms at the student's output."""
+    found = {}
+    for name, extra in (('shares', {'gradient_shares': {'cl_opt': 0.5, 'ce_opt': 0.25}}), ('by hand', {})):
+        torch.manual_seed(0)
+        model = build_model(options(gaussian_noise_prob=1, **extra))
+        if name == 'by hand':
+            plain = model.terms
+
+            def weighted(current_iter, model=model, plain=plain):
+                terms = plain(current_iter)
+                image = model.student_output
+                rest, cl, ce = (
+                    torch.autograd.grad(loss, image, retain_graph=True)[0].norm()
+                    for loss in (terms['l_pix'] + terms['l_ts'] + terms.get('l_lcr', 0), terms['l_cl'], terms['l_ce'])
+                )
+                terms.update(l_cl=terms['l_cl'] * 0.5 * rest / cl, l_ce=terms['l_ce'] * 0.25 * rest / ce)
+                return terms
+
+            model.terms = weighted
+        losses = step(model, 1)
+        found[name] = losses, torch.cat([p.grad.flatten() for p in model.net_g.parameters()])
+    (losses, gradient), (by_hand, expected) = found['shares'], found['by hand']
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    # Logged as without shares.
+    torch.manual_seed(0)
+    plain = step(build_model(options(gaussian_noise_prob=1)), 1)
+    assert losses == plain and losses['l_cl'] != by_hand['l_cl']
+
+
 def test_without_teacher_the_ground_truth_is_the_target():
     model = build_model(without(options(), 'network_t', 'cl_opt', 'ce_opt'))
     losses = step(model, 1)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dckd_sr.ops.gradients import against_first
+from dckd_sr.ops.gradients import against_first, with_shares
 
 
 @pytest.fixture
@@ -45,3 +45,29 @@ def test_a_loss_scale_cancels_and_terms_without_gradient_are_no_matter(weights):
     plain, scaled = against_first(terms, weights), against_first(terms, weights, lambda loss: 1024 * loss)
     assert plain == scaled and plain['none_grad'] == plain['none_cos'] == 0
     assert against_first({'first': weights[0].sum()}, weights) == {}
+
+
+@pytest.mark.parametrize('scale', [1, 1024])
+def test_shares_are_norms_at_the_output(weights, scale):
+    """The output is a - b; losses whose gradients at the output are known without autograd."""
+    a, b = weights
+    output = a - b  # (1, 2)
+    terms = {'rest': 2 * output.sum(), 'more': output[0] * 4, 'ce': (output**2).sum() * 1e-6, 'elsewhere': a.sum()}
+    result = with_shares(terms, output, {'ce': 0.5, 'not there': 3}, lambda loss: scale * loss)
+    assert result.keys() == terms.keys() and all(result[name] is terms[name] for name in ('rest', 'more', 'elsewhere'))
+    # (6, 2) is the others' gradient, of norm sqrt(40); (1, 2) / sqrt(5) the direction of ce's.
+    expected = 0.5 * math.sqrt(40 / 5) * torch.tensor([1.0, 2.0])
+    sum(result.values()).backward()
+    assert torch.allclose(a.grad, torch.tensor([6.0, 2.0]) + expected + 1)
+    assert torch.allclose(b.grad, -(torch.tensor([6.0, 2.0]) + expected).sum())
+
+
+def test_shares_of_nothing_and_of_losses_without_gradient_are_nothing(weights):
+    output = weights[0] * 2
+    terms = {'rest': output.sum(), 'cl': (output * 0).sum(), 'ce': weights[1] * 1}
+    result = with_shares(terms, output, {'cl': 1, 'ce': 1})
+    assert [float(gradient.abs().sum()) for gradient in torch.autograd.grad(result['cl'], output)] == [0]
+    assert with_shares(terms, output, {}) is terms
+    alone = with_shares({'cl': (output**2).sum()}, output, {'cl': 1})
+    alone['cl'].backward()
+    assert not weights[0].grad.any()
