@@ -189,6 +189,8 @@ def method_options(recipe, method, own=None):
             letter = network.rpartition('_')[2]
             for key in ('pretrain_network', 'strict_load', 'param_key'):
                 (opt.get('path') or {}).pop(f'{key}_{letter}', None)
+    if 'network_t' not in opt:
+        ((opt.get('datasets') or {}).get('train') or {}).pop('teacher_cache', None)
     option_files.apply_overrides(opt, entry.get('force_yml'))
     return opt
 

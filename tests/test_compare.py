@@ -44,6 +44,11 @@ def test_a_method_is_the_recipe_without_the_others_blocks(method, losses, networ
     recipe['train']['gradient_shares'] = {'cl_opt': 0.3, 'ce_opt': 0.1}
     shares = {name: compare.method_options(recipe, name)['train'].get('gradient_shares') for name in ('lcr', 'dcr')}
     assert shares == {'lcr': None, 'dcr': {'cl_opt': 0.3}}
+    recipe['datasets']['train']['teacher_cache'] = 'teacher.lmdb'
+    caches = [
+        compare.method_options(recipe, name)['datasets']['train'].get('teacher_cache') for name in ('scratch', 'logits')
+    ]
+    assert caches == [None, 'teacher.lmdb']
 
 
 def test_runs_share_seeds_and_come_seed_by_seed():
