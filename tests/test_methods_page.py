@@ -50,6 +50,7 @@ def test_a_file_is_whole(name, monkeypatch, tmp_path):
             'EDSR_Mx4_DUKD': {'logits_opt', 'dukd_opt'},
             'EDSR_Mx4_DCKD_DUKD': {'logits_opt', 'cl_opt', 'ce_opt', 'dukd_opt'},
             'EDSR_Mx4_DCKD_two_teachers': {'logits_opt', 'cl_opt', 'ce_opt'},
+            'EDSR_Mx4_DCKD_shares': {'logits_opt', 'cl_opt', 'ce_opt'},
         }[name]
     )
 
