@@ -128,6 +128,10 @@ def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
     for run in runs:
         run.path = folder / 'options' / f'{run.name}.yml'
         problems, _ = options.check(run.options)
+        # What would stop the test is better told before the training; the weights are what that makes.
+        for problem in options.check(run.options, is_train=False)[0]:
+            if problem not in problems and not problem.startswith('path.pretrain_network_g'):
+                problems.append(problem)
         if problems:
             raise option_files.OptionError(problems, f'{recipe}, method {run.method}')
     train_all(runs, jobs)
@@ -285,9 +289,28 @@ def train_all(runs, jobs=None):
 
 
 def finished(run):
-    """Whether this very run is at its end; its option file is the record of what was run."""
-    same = run.path.is_file() and run.path.read_text(encoding='utf-8') == safe_yaml.dump(run.options)
-    return same and _weights(run).is_file()
+    """Whether this very training is at its end; its option file, which is brought up to date, is the record of it."""
+    done = begun(run) and _weights(run).is_file()
+    text = safe_yaml.dump(run.options)
+    if done and run.path.read_text(encoding='utf-8') != text:
+        run.path.write_text(text, encoding='utf-8')  # other test sets
+    return done
+
+
+def begun(run):
+    """Whether the option file is that of this training; which sets a test uses does not matter to it."""
+
+    def training(opt):
+        sets = (opt.get('datasets') or {}).items()
+        return {**opt, 'datasets': {name: block for name, block in sets if not name.startswith('test')}}
+
+    if not run.path.is_file():
+        return False
+    try:
+        former = safe_yaml.parse(run.path.read_text(encoding='utf-8', errors='replace'))
+    except UserError:
+        return False
+    return isinstance(former, dict) and training(former) == training(safe_yaml.parse(safe_yaml.dump(run.options)))
 
 
 def _weights(run):
@@ -304,12 +327,11 @@ def train(run, environment):
     Returns:
         (exit code, its last message).
     """
-    text = safe_yaml.dump(run.options)
-    again = run.path.is_file() and run.path.read_text(encoding='utf-8') == text
+    again = begun(run)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     if not again:
         _weights(run).unlink(missing_ok=True)
-        run.path.write_text(text, encoding='utf-8')
+    run.path.write_text(safe_yaml.dump(run.options), encoding='utf-8')
     command = [sys.executable, '-m', 'dckd_sr.train', '-opt', str(run.path), *(['--auto_resume'] if again else [])]
     log = run.path.with_suffix('.log')
     with open(log, 'a', encoding='utf-8') as file:
@@ -352,14 +374,14 @@ def score(runs):
 
 
 def tested(run, whole, pictures):
-    """A run's results by set, from its file where the weights have not changed since.
+    """A run's results by set, from its file where weights and options have not changed since.
 
     Args:
         whole: with the rows of bicubic and of the teacher.
         pictures: keep the images, to look at.
     """
     weights, kept = _weights(run), Path('results') / run.name / 'results.json'
-    if kept.is_file() and kept.stat().st_mtime > weights.stat().st_mtime:
+    if kept.is_file() and kept.stat().st_mtime > max(weights.stat().st_mtime, run.path.stat().st_mtime):
         results = json.loads(kept.read_text(encoding='utf-8'))['results']
         if not whole or len(results) > 1:
             return results

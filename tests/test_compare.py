@@ -178,6 +178,18 @@ def test_a_small_comparison(capsys, monkeypatch):
     assert compare.main(command) == 0
     assert '2 trainings, 2 of them finished' in capsys.readouterr().out
     assert kept == [path.stat().st_mtime_ns for path in weights]
+    # Another test set is tested, and nothing is trained for it.
+    opt['datasets']['test'] = {**opt['datasets']['val_1'], 'name': 'Other'}
+    write(opt)
+    assert compare.main(command) == 0
+    printed = capsys.readouterr().out
+    assert '2 trainings, 2 of them finished' in printed and 'Other' in printed
+    assert kept == [path.stat().st_mtime_ns for path in weights]
+    # What would stop the test, stops it before the training.
+    opt['datasets']['test']['name'] = opt['datasets']['val_1']['name']
+    write(opt, 'wrong.yml')
+    assert compare.main(['-opt', 'wrong.yml', '--methods', 'logits', '--seeds', '1']) == 2
+    assert 'has the same name' in capsys.readouterr().err and not compare.Path('experiments/run_logits_s1').exists()
     # A changed recipe is another run: the old one is not taken for it.
     assert compare.main([*command, '--force_yml', 'train:optim_g:lr=0.01', '--methods', 'scratch']) == 0
     assert '1 trainings, 0 of them finished' in capsys.readouterr().out
