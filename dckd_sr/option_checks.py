@@ -884,9 +884,9 @@ def check_datasets(report, opt, blocks, is_train):
             report.error(where, 'expected a block of keys', block)
         else:
             result[name] = check_dataset(report, opt, name, block, is_train)
-            title = result[name]['name']
+            title = phase, result[name]['name']  # a test that has test sets leaves those of validation alone
             if phase != 'train' and title in titles:
-                report.error(f'{where}.name', f'datasets.{titles[title]} has the same name', title)
+                report.error(f'{where}.name', f'datasets.{titles[title]} has the same name', title[1])
             titles.update({title: name} if phase != 'train' else {})
     if is_train and 'train' not in blocks:
         report.error('datasets.train', 'missing; the training images')

@@ -179,14 +179,14 @@ def test_a_small_comparison(capsys, monkeypatch):
     assert '2 trainings, 2 of them finished' in capsys.readouterr().out
     assert kept == [path.stat().st_mtime_ns for path in weights]
     # Another test set is tested, and nothing is trained for it.
-    opt['datasets']['test'] = {**opt['datasets']['val_1'], 'name': 'Other'}
+    opt['datasets']['test'] = dict(opt['datasets']['val_1'])
     write(opt)
     assert compare.main(command) == 0
     printed = capsys.readouterr().out
-    assert '2 trainings, 2 of them finished' in printed and 'Other' in printed
+    assert '2 trainings, 2 of them finished' in printed and 'Set PSNR' in printed
     assert kept == [path.stat().st_mtime_ns for path in weights]
     # What would stop the test, stops it before the training.
-    opt['datasets']['test']['name'] = opt['datasets']['val_1']['name']
+    opt['datasets']['test_2'] = dict(opt['datasets']['test'])
     write(opt, 'wrong.yml')
     assert compare.main(['-opt', 'wrong.yml', '--methods', 'logits', '--seeds', '1']) == 2
     assert 'has the same name' in capsys.readouterr().err and not compare.Path('experiments/run_logits_s1').exists()

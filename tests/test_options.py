@@ -101,6 +101,7 @@ def test_defaults():
         'print_freq': 100,
         'save_checkpoint_freq': 5000,
         'save_checkpoint_format': 'pth',
+        'gradients': False,
         'on_save_error': 'stop',
         'use_tb_logger': False,
     }
