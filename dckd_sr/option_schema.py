@@ -182,6 +182,8 @@ def _section(model, definitions, table=None):
 
 def _with_block(key, value):
     """The schema of a key, with what pydantic does not know: which blocks it holds, if its name says so."""
+    if any(part.get('type') == 'number' for part in value.get('anyOf', ())):  # gradient_shares names blocks, too
+        return value
     block = _ref(f'train.{key}') if f'train.{key}' in keys.FEATURE_LOSSES else None
     for pattern, kind in (('optim_.', 'optimizer'), ('scheduler', 'schedule'), ('.*_opt', 'loss')):
         block = block or (_ref(kind) if re.fullmatch(pattern, key) else None)

@@ -309,6 +309,10 @@ def overrides(name, images):
         elif letter == 't' or name in TESTS:
             values[f'path:pretrain_network_{letter}'] = weights(shrunk(block), f'{letter}.pth')
     if name in TRAININGS:
+        if opt['datasets']['train'].get('teacher_cache'):
+            values['datasets:train:teacher_cache'] = '~'
+        if opt['path'].get('pretrain_network_g'):
+            values['path:pretrain_network_g'] = '~'
         values.update(
             {
                 'datasets:train:gt_size': 48 if scale == 3 else 32,

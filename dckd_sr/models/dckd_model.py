@@ -31,7 +31,7 @@ class DCKDModel(KDModel):
     """
 
     def __init__(self, opt):
-        self.net_his = self.net_vqgan = None
+        self.net_his = self.net_vqgan = self.student_output = None
         super().__init__(opt)
 
     def init_training_settings(self):
