@@ -29,6 +29,7 @@ import torch
 
 from dckd_sr import evaluation, option_files, options, safe_yaml, test
 from dckd_sr.errors import UserError, entry_point, nearest
+from dckd_sr.option_checks import Report
 from dckd_sr.option_keys import DROP_IN_LOSSES
 
 # Name -> blocks of `train`. Names are joined by +.
@@ -127,13 +128,17 @@ def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
     folder = Path('results') / f'compare_{file.options.get("name")}'
     for run in runs:
         run.path = folder / 'options' / f'{run.name}.yml'
+        report = Report()
         problems, _ = options.check(run.options)
+        tested = options.resolve(run.options, False, report)
         # What would stop the test is better told before the training; the weights are what that makes.
-        for problem in options.check(run.options, is_train=False)[0]:
+        for problem in report.problems:
             if problem not in problems and not problem.startswith('path.pretrain_network_g'):
                 problems.append(problem)
         if problems:
             raise option_files.OptionError(problems, f'{recipe}, method {run.method}')
+    for note in test.split_sets(tested['datasets'])[1].values():  # every run has the same sets
+        print(note)
     train_all(runs, jobs)
     return write_tables(folder, *score(runs), runs)
 
@@ -246,8 +251,11 @@ def train_all(runs, jobs=None):
     """
     todo, gpus = queue.SimpleQueue(), torch.cuda.device_count() if runs[0].options.get('num_gpu') != 0 else 0
     waiting = [run for run in runs if not finished(run)]
-    for run in waiting:
-        todo.put(run)
+    for run in runs:
+        if run in waiting:
+            todo.put(run)
+        else:
+            record(run)  # other test sets, perhaps
     jobs = jobs or max(1, gpus)
     print(f'{len(runs)} trainings, {len(runs) - len(waiting)} of them finished, {jobs} at a time', flush=True)
     failed, stop, began, done = [], threading.Event(), time.monotonic(), itertools.count(1)
@@ -289,12 +297,8 @@ def train_all(runs, jobs=None):
 
 
 def finished(run):
-    """Whether this very training is at its end; its option file, which is brought up to date, is the record of it."""
-    done = begun(run) and _weights(run).is_file()
-    text = safe_yaml.dump(run.options)
-    if done and run.path.read_text(encoding='utf-8') != text:
-        run.path.write_text(text, encoding='utf-8')  # other test sets
-    return done
+    """Whether this very training, of which the option file in the results is the record, is at its end."""
+    return begun(run) and _weights(run).is_file()
 
 
 def begun(run):
@@ -313,6 +317,14 @@ def begun(run):
     return isinstance(former, dict) and training(former) == training(safe_yaml.parse(safe_yaml.dump(run.options)))
 
 
+def record(run):
+    """Write the run's option file, unless it is there: its date says whether the results are of these options."""
+    text = safe_yaml.dump(run.options)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    if not run.path.is_file() or run.path.read_text(encoding='utf-8', errors='replace') != text:
+        run.path.write_text(text, encoding='utf-8')
+
+
 def _weights(run):
     folder = Path('experiments') / run.name / 'models'
     suffix = (run.options.get('logger') or {}).get('save_checkpoint_format', 'pth')
@@ -328,10 +340,9 @@ def train(run, environment):
         (exit code, its last message).
     """
     again = begun(run)
-    run.path.parent.mkdir(parents=True, exist_ok=True)
     if not again:
         _weights(run).unlink(missing_ok=True)
-    run.path.write_text(safe_yaml.dump(run.options), encoding='utf-8')
+    record(run)
     command = [sys.executable, '-m', 'dckd_sr.train', '-opt', str(run.path), *(['--auto_resume'] if again else [])]
     log = run.path.with_suffix('.log')
     with open(log, 'a', encoding='utf-8') as file:

@@ -61,10 +61,7 @@ def test(opt, args, notes=()):
     device = _device(args.device, opt)
     if device.type == 'cpu':
         processes.keep_freed_memory()
-    found, missing = _split_sets(opt['datasets'])
-    if not found:
-        separator = ': ' if len(missing) == 1 else '\n  '
-        raise UserError(separator.join(['there is no set to test on', *missing.values()]))
+    found, missing = split_sets(opt['datasets'])
     # One line per skipped set is enough.
     skipped = tuple(f'datasets.{key}.' for key in missing)
     notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
@@ -150,8 +147,12 @@ def _fast(opt):
     return {key: opt[key] for key in ('use_amp', 'amp_bf16', 'amp_networks', 'use_tf32') if opt.get(key)}
 
 
-def _split_sets(datasets):
-    """Keys of the sets to test on (test*, or val* of a training file), and key -> what is missing of the others."""
+def split_sets(datasets):
+    """Keys of the sets to test on (test*, or val* of a training file), and key -> what is missing of the others.
+
+    Raises:
+        UserError: there is no set to test on.
+    """
     for phase in ('test', 'val'):
         keys = [key for key in datasets if key.split('_')[0] == phase]
         if keys:
@@ -166,6 +167,9 @@ def _split_sets(datasets):
             # GT and LQ of a set come from the same place: that is said once.
             why = '; '.join(dict.fromkeys(datasets[key]['missing'].split('; ')))
             missing[key] = f'{datasets[key].get("name", key)} is skipped: {why}'
+    if not found:
+        separator = ': ' if len(missing) == 1 else '\n  '
+        raise UserError(separator.join(['there is no set to test on', *missing.values()]))
     return found, missing
 
 

@@ -179,13 +179,21 @@ def test_a_small_comparison(capsys, monkeypatch):
     assert '2 trainings, 2 of them finished' in capsys.readouterr().out
     assert kept == [path.stat().st_mtime_ns for path in weights]
     # Another test set is tested, and nothing is trained for it.
-    opt['datasets']['test'] = dict(opt['datasets']['val_1'])
+    opt['datasets']['test'] = {**opt['datasets']['val_1'], 'name': 'Other'}
     write(opt)
     assert compare.main(command) == 0
     printed = capsys.readouterr().out
-    assert '2 trainings, 2 of them finished' in printed and 'Set PSNR' in printed
+    assert '2 trainings, 2 of them finished' in printed and 'Other PSNR' in printed
     assert kept == [path.stat().st_mtime_ns for path in weights]
+    # One that is not there is told first; the others are tested.
+    absent = ['--force_yml', 'datasets:test_2={name: B100, type: SRImageDataset, dataroot_gt: nowhere}']
+    assert compare.main([*command, *absent]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('B100 is skipped: datasets.test_2.dataroot_gt = nowhere') and '2 of them fin' in printed
     # What would stop the test, stops it before the training.
+    alone = ['--force_yml', 'datasets:test:dataroot_gt=nowhere', '--methods', 'logits']
+    assert compare.main([*command, *alone]) == 2
+    assert 'there is no set to test on' in capsys.readouterr().err
     opt['datasets']['test_2'] = dict(opt['datasets']['test'])
     write(opt, 'wrong.yml')
     assert compare.main(['-opt', 'wrong.yml', '--methods', 'logits', '--seeds', '1']) == 2

@@ -36,11 +36,10 @@ def with_shares(terms, output, shares, scaled=lambda loss: loss):
     squares = torch.stack([gradient.double().square().sum() for gradient in found])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(squares)
-    norms = squares.sqrt() / scaled(squares.new_ones(()))
-    result = dict(terms)
+    norms, unit, result = squares.sqrt(), scaled(squares.new_ones(())), dict(terms)
     for name, norm, gradient in zip(names, norms[1:], found[1:]):
-        direction = gradient.double() / torch.where(norm == 0, 1, norm) / scaled(squares.new_ones(()))
-        result[name] = (output.float() * (shares[name] * norms[0] * direction).float()).sum()
+        factor = shares[name] * norms[0] / torch.where(norm == 0, 1, norm) / unit
+        result[name] = (output.float() * (factor * gradient.double()).float()).sum()
     return result
 
 
