@@ -211,6 +211,7 @@ def test_a_network_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
     'capability, use_amp, warned', [('AVX2', True, True), ('AVX2', False, False), ('AVX512', True, False)]
 )
 def test_mixed_precision_on_a_processor_that_has_none(capability, use_amp, warned, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     Speed({'use_amp': use_amp, 'amp_bf16': True}, 'cpu')
     assert ('no instructions for 16 bits' in caplog.text) == warned
