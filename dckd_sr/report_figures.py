@@ -112,7 +112,14 @@ def draw(figures, runs, scores, costs):
     for key in dict.fromkeys(key for run in runs for values in run.log.scores.values() for key in values):
 
         def plot(axes, key=key):
-            curves(axes, lambda one: over_iterations(one.log.scores, key), POINTS)
+            values = curves(axes, lambda one: over_iterations(one.log.scores, key), POINTS)
+            # The first scores are far below all others, between which the differences are.
+            end = max(i for run in runs for i in run.log.scores)
+            late = [run.log.scores[i].get(key, math.nan) for run in runs for i in run.log.scores if i > end / 4]
+            late = [value for value in late if math.isfinite(value)]
+            if late and min(late) < max(values):
+                margin = 0.05 * (max(values) - min(late))
+                axes.set_ylim(min(late) - margin, max(values) + margin)
 
         figures.draw('curves', f'{key[1].upper()}, {key[0]}', plot, xlabel='iteration')
     for key in dict.fromkeys(key for run in runs for values in run.log.losses.values() for key in values):

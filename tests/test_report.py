@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -189,6 +190,27 @@ def test_logs_of_a_resumed_run(tmp_path):
     assert log.losses == {400: {'l_pix': 4.0}, 800: {'l_pix': 3.0}, 1050: {'l_pix': 0.001}}
     assert log.scores == {1000: {('A: b', 'psnr'): 21.0}, 1050: {('A: b', 'psnr'): 22.0}}
     assert log.finished and log.total == 1050 and log.seconds == [0.5] * 4
+
+
+def test_curves_of_scores_show_where_the_methods_differ():
+    matplotlib, figures = pytest.importorskip('matplotlib.figure'), pytest.importorskip('dckd_sr.report_figures')
+    limits = []
+
+    class Stub:
+        def draw(self, section, title, plot, **options):
+            axes = matplotlib.Figure().add_subplot()
+            plot(axes)
+            limits.append(axes.get_ylim())
+
+    def run(label, *values):
+        scores = {10 * i: {('Set', 'psnr'): value} for i, value in enumerate(values, 1)}
+        return report.Run(label, Path(label), {}, '', report.Log(scores=scores), [])
+
+    figures.draw(Stub(), [run('a', 5, 20, 29, 30), run('b', 4, 22, 28, 29)], {}, {})
+    figures.draw(Stub(), [run('a', 31, 20, 29, math.nan)], {}, {})
+    figures.draw(Stub(), [run('a', 20), run('b', math.nan)], {}, {})
+    assert limits[0] == pytest.approx((19.5, 30.5)) and limits[1] == pytest.approx((19.45, 31.55))
+    assert limits[2][0] < 20 < limits[2][1]
 
 
 def test_validations_without_a_line_between_them(tmp_path):
