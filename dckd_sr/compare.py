@@ -130,14 +130,14 @@ def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
         run.path = folder / 'options' / f'{run.name}.yml'
         report = Report()
         problems, _ = options.check(run.options)
-        tested = options.resolve(run.options, False, report)
+        resolved = options.resolve(run.options, False, report)
         # What would stop the test is better told before the training; the weights are what that makes.
         for problem in report.problems:
             if problem not in problems and not problem.startswith('path.pretrain_network_g'):
                 problems.append(problem)
         if problems:
             raise option_files.OptionError(problems, f'{recipe}, method {run.method}')
-    for note in test.split_sets(tested['datasets'])[1].values():  # every run has the same sets
+    for note in test.split_sets(resolved['datasets'])[1].values():  # every run has the same sets
         print(note)
     train_all(runs, jobs)
     return write_tables(folder, *score(runs), runs)
