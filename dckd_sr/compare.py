@@ -161,9 +161,12 @@ def plan(recipe, methods, seeds, steps):
     base = recipe.get('manual_seed') or 0
     runs = []
     for number, method in itertools.product(range(seeds), methods):
-        opt = method_options(recipe, method, own)
-        opt.update(name=f'{recipe.get("name")}_{slug(method)}_s{base + number}', manual_seed=base + number)
-        runs.append(Run(method, base + number, opt, Path()))
+        opt, seed = method_options(recipe, method, own), base + number
+        opt.update(name=f'{recipe.get("name")}_{slug(method)}_s{seed}', manual_seed=seed)
+        for key, path in (opt.get('path') or {}).items():  # weights of each seed's own
+            if isinstance(path, str):
+                opt['path'][key] = path.replace('{seed}', str(seed))
+        runs.append(Run(method, seed, opt, Path()))
     return runs
 
 

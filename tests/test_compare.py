@@ -58,6 +58,16 @@ def test_runs_share_seeds_and_come_seed_by_seed():
     assert [run.name for run in runs] == ['run_scratch_s10', 'run_dckd_s10', 'run_scratch_s11', 'run_dckd_s11']
 
 
+def test_each_seed_has_weights_of_its_own():
+    recipe = dckd()
+    recipe['path'].update(pretrain_network_g='first_s{seed}.pth', pretrain_network_t='{other}.pth', strict_load_g=True)
+    runs = compare.plan(recipe, ['dckd'], seeds=2, steps=None)
+    assert [run.options['path']['pretrain_network_g'] for run in runs] == ['first_s10.pth', 'first_s11.pth']
+    assert all(run.options['path']['pretrain_network_t'] == '{other}.pth' for run in runs)
+    assert all(run.options['path']['strict_load_g'] is True for run in runs)
+    assert recipe['path']['pretrain_network_g'] == 'first_s{seed}.pth'  # the recipe is not changed
+
+
 def test_steps_shrink_what_is_counted_in_iterations():
     recipe = dckd()
     recipe['train'].update(total_iter=1000, step=[100, 200], step_period=500, warmup_iter=10)

@@ -45,6 +45,7 @@ MEAN = [0.4488, 0.4371, 0.4040]
 RCAN = {'type': 'RCAN', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_group': 10, 'num_block': 20}
 SMALL = {
     'EDSR': {'num_feat': 8, 'num_block': 1},
+    'SRVGGNetCompact': {'num_feat': 8, 'num_conv': 1},
     'RCAN': {'num_feat': 8, 'num_group': 1, 'num_block': 1, 'squeeze_factor': 4},
     'SwinIR': {'depths': [1], 'num_heads': [2], 'embed_dim': 8, 'window_size': 4, 'img_size': 8},
     'NAFNet': {'width': 4, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},
