@@ -27,12 +27,7 @@ from tqdm import tqdm
 
 import dckd_sr
 from dckd_sr.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from dckd_sr.locks import lock
 
 TIMEOUT = 30  # seconds without a byte
 ATTEMPTS = 3  # transfers that bring nothing new, before giving up
@@ -129,7 +124,7 @@ def _locked(part):
     path, waiting = part.with_name(f'{part.name}.info'), False
     while True:
         with open(path, 'a+b') as file:
-            if _lock(file):
+            if lock(file):
                 # Its former holder may have removed the file: then the lock is on a name that is gone.
                 if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     try:
@@ -144,21 +139,6 @@ def _locked(part):
             print(f'another process is downloading {part.stem}: waiting', file=sys.stderr)
             waiting = True
         time.sleep(0.2)
-
-
-def _lock(file):
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            file.seek(2**30)  # beyond what is written, because Windows locks bytes against reading
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            return False
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks goes without
-            raise
-    return True
 
 
 def _transfer_all(url, part, info, expected, size, progress):

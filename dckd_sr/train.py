@@ -19,7 +19,7 @@ if __name__ == '__main__':
 import torch
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, logs, option_changes, options, processes
+from dckd_sr import checkpoint, locks, logs, option_changes, options, processes
 from dckd_sr.errors import UserError, entry_point, reason
 
 try:
@@ -60,10 +60,10 @@ def train(opt, args, notes=()):
         exit code, see `main`.
     """
     processes.start(opt, args.launcher)
-    with processes.Signals() as signals:
+    with processes.Signals() as signals, contextlib.ExitStack() as held:
         try:
             signals.interruptible = True
-            prepared = prepare(opt, args, notes)
+            prepared = prepare(opt, args, notes, held)
             signals.interruptible = False
         except processes.Stopped:
             print('stopped before the first iteration: there is nothing to save', file=sys.stderr)
@@ -71,8 +71,11 @@ def train(opt, args, notes=()):
         return run(opt, *prepared, signals)
 
 
-def prepare(opt, args, notes):
+def prepare(opt, args, notes, held):
     """Everything before the first iteration: state, data, model, first look, folders, log.
+
+    Args:
+        held: the stack that keeps the run's folder from other processes until the run ends.
 
     Returns:
         what `run` needs, in its order.
@@ -104,7 +107,7 @@ def prepare(opt, args, notes):
     else:
         look_first(model, val_loaders, opt)
 
-    make_folders(opt, args.opt, text, keep=state is not None)
+    make_folders(opt, args.opt, text, state is not None, held)
     logger = logs.start(Path(opt['path']['log']) / f'train_{opt["name"]}_{get_time_str()}.log', bar)
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
     for note in [*notes, *changes.values()]:
@@ -272,11 +275,18 @@ def build(opt):
         raise UserError(f'{opt["model_type"]} cannot be built from these options: {reason(error)}') from error
 
 
-def make_folders(opt, opt_file, text, keep):
-    """The run's folders, with the option file and its resolved form; an earlier run of that name is moved aside."""
+def make_folders(opt, opt_file, text, keep, held):
+    """The run's folders, with the option file and its resolved form; an earlier run of that name is moved aside.
+
+    Raises:
+        UserError: no room, no right, or another training under way in this folder.
+    """
     if opt['rank'] == 0:
         root = Path(opt['path']['experiments_root'])
         try:
+            if root.exists() and not keep:
+                with contextlib.ExitStack() as briefly:  # Windows moves no folder with an open file in it
+                    occupy(root, briefly)
             for folder in [root, Path(opt['root_path']) / 'tb_logger' / opt['name']]:
                 if folder.exists() and not keep:
                     name = f'{folder.name}_archived_{get_time_str()}'
@@ -286,6 +296,7 @@ def make_folders(opt, opt_file, text, keep):
                     logs.logging.getLogger('basicsr').info(f'{folder} exists: moved to {archived.name}')
             for key in ('experiments_root', 'models', 'training_states', 'log', 'visualization'):
                 Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
+            occupy(root, held)
             with contextlib.suppress(shutil.SameFileError):  # a run continued from its own resolved.yml
                 shutil.copy(opt_file, root)
             (root / 'resolved.yml').write_text(text, encoding='utf-8')
@@ -294,6 +305,14 @@ def make_folders(opt, opt_file, text, keep):
             raise UserError(f'cannot write the run to {root}: {error}') from error
     if opt['dist']:
         torch.distributed.barrier()
+
+
+def occupy(root, held):
+    """Keep a run's folder from other trainings until the stack ``held`` closes."""
+    if not held.enter_context(locks.sole_writer(root)):
+        raise UserError(
+            f'another training is writing to {root}: wait for its end, stop it, or give this one another name'
+        )
 
 
 def start_dashboards(opt):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from small_run import dckd_run, write
 
-from dckd_sr import logs, train
+from dckd_sr import locks, logs, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,6 +62,22 @@ def test_a_second_run_moves_the_first_aside(opt):
     train.main(['-opt', write(opt)])
     train.main(['-opt', write(opt)])
     assert len(list(Path('experiments').glob('run_archived_*'))) == 1
+
+
+@pytest.mark.parametrize('arguments', [[], ['--auto_resume']])
+def test_two_trainings_do_not_share_a_folder(opt, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(locks, 'PATIENCE', 0.1)
+    opt['train']['total_iter'] = 2
+    assert train.main(['-opt', write(opt)]) == 0
+    folder, before = Path('experiments/run'), sorted(Path('experiments').rglob('*'))
+    opt['train']['total_iter'] = 4
+    with locks.sole_writer(folder) as alone:
+        assert alone
+        assert train.main(['-opt', write(opt), *arguments]) == 2
+        assert 'another training is writing to' in capsys.readouterr().err
+        (folder / '.lock').unlink()
+        assert sorted(Path('experiments').rglob('*')) == before  # nothing was moved or written
+    assert train.main(['-opt', write(opt), *arguments]) == 0
 
 
 def test_first_look_stops_a_teacher_below_bicubic(opt, capsys):
