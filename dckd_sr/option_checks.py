@@ -689,7 +689,6 @@ def check_distillation(report, opt, given):
         text = 'not for an Ensemble: each of its networks names its file as pretrain'
         report.error('path.pretrain_network_t', text, opt['path']['pretrain_network_t'])
     check_shares(report, train)
-    check_rare(report, opt)
     if train.get('cl_opt') or train.get('mclir_opt'):
         check_history(report, opt, given)
     if train.get('cl_opt'):
@@ -712,23 +711,6 @@ def check_shares(report, train):
         report.error(
             'train.gradient_shares', "of what? There is no other loss of the student's output, as pixel_opt is"
         )
-
-
-def check_rare(report, opt):
-    """Iterations without the encoder have another loss; lines of the log are of iterations with it."""
-    train, every, needing = opt['train'], opt['train'].get('encoder_every', 1), ('cl_opt', 'ce_opt')
-    features = (train.get('mclir_opt') or {}).get('features', 'vgg')
-    needing += ('mclir_opt',) if features == 'vqgan' else ()
-    if not isinstance(every, int) or every < 2:
-        return
-    if not any(train.get(key) for key in needing):
-        report.warn('train.encoder_every', 'without effect: no loss needs network_vqgan', every)
-    elif not any(train.get(key) for key in keys.DROP_IN_LOSSES + ('pixel_opt', 'perceptual_opt') if key not in needing):
-        report.error('train.encoder_every', 'no other loss is there for the iterations between', every)
-    print_freq = (opt.get('logger') or {}).get('print_freq', 100)
-    if isinstance(print_freq, int) and print_freq % every:
-        text = 'the log has these losses only where logger.print_freq is a multiple of it'
-        report.warn('train.encoder_every', f'{text}, and {print_freq} is none', every)
 
 
 def check_taps(report, block):

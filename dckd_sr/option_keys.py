@@ -208,9 +208,6 @@ class DCKDTrain(KDTrain):
     gradient_shares: Optional[GradientShares] = Field(
         None, description="gradient of these losses at the student's output over that of the others, for loss_weight"
     )
-    encoder_every: Positive = Field(
-        1, description='the losses that need network_vqgan come in every Nth iteration only, N times as strong'
-    )
     num_neg: Negatives = Field(4, description='degraded negatives')
     neg_clean: bool = Field(True, description='the clean input is one more negative')
     negatives_micro_batch: Optional[Positive] = Field(

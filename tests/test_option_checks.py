@@ -525,30 +525,6 @@ def test_shares_are_of_something():
     ]
 
 
-def test_the_encoder_leaves_no_iteration_without_a_loss():
-    assert problems_of(dckd(), 'train:encoder_every=0') == [
-        'train.encoder_every = 0: expected greater than or equal to 1'
-    ]
-    others = ('train:pixel_opt=~', 'train:logits_opt=~', 'train:lcr_opt=~')
-    assert problems_of(dckd(), *others, 'train:encoder_every=4') == [
-        'train.encoder_every = 4: no other loss is there for the iterations between'
-    ]
-    load(dckd(), *others[1:], 'train:encoder_every=4')
-
-    def notes(*overrides):
-        return [note for note in load(dckd(), *overrides)[1] if 'encoder_every' in note]
-
-    assert notes('train:encoder_every=4', 'logger:print_freq=8') == []
-    assert notes('train:encoder_every=4', 'logger:print_freq=6') == [
-        'train.encoder_every = 4: the log has these losses only where logger.print_freq is a multiple of it, '
-        'and 6 is none'
-    ]
-    without = ('train:cl_opt=~', 'train:ce_opt=~', 'network_vqgan=~', 'network_his=~', 'logger:print_freq=8')
-    assert notes(*without, 'train:encoder_every=4') == [
-        'train.encoder_every = 4: without effect: no loss needs network_vqgan'
-    ]
-
-
 def test_speed_keys_belong_to_models_that_read_them():
     found = problems_of(esrgan(), 'use_amp=true')
     assert found == ['use_amp = true: ESRGANModel does not read it; KDModel and DCKDModel do']

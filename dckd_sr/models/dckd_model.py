@@ -27,8 +27,7 @@ class DCKDModel(KDModel):
     ``gaussian_blur_prob`` (1 where absent), ``resize_prob``, ``gaussian_noise_prob``, ``gray_noise_prob`` (0 where
     absent). Ours, for the printed paper where it differs: ``neg_clean`` (true: the clean LQ is one more negative),
     ``history_from`` ('ema' or 'student'), ``step_period`` (100000). ``gradient_shares`` takes
-    the place of loss weights. ``encoder_every: N`` has what goes through the encoder in every Nth iteration only, N
-    times as strong. Any subset of the losses works, and so does ``ema_decay: 0``.
+    the place of loss weights. Any subset of the losses works, and so does ``ema_decay: 0``.
     """
 
     def __init__(self, opt):
@@ -55,7 +54,6 @@ class DCKDModel(KDModel):
         self.lcr_prob = (train_opt.get('noisy') or {}).get('prob', 0.5)
         shares = (train_opt.get('gradient_shares') or {}).items()
         self.shares = {f'l_{block[: -len("_opt")]}': share for block, share in shares if share is not None}
-        self.encoder_every, self.encoder_due = train_opt.get('encoder_every', 1), True
         self.num_neg = train_opt.get('num_neg', 4)
         self.negatives_micro_batch = train_opt.get('negatives_micro_batch')
         self.neg_clean = train_opt.get('neg_clean', True)
@@ -110,24 +108,19 @@ class DCKDModel(KDModel):
             terms['l_csd'] = self.cri_csd.contrast(student, teacher, self.lq)
         if self.cri_dukd is not None:
             terms.update(self.upcycle(current_iter))
-        self.encoder_due = current_iter % self.encoder_every == 0
-        if self.net_vqgan is not None and self.encoder_due:
+        if self.net_vqgan is not None:
             s, t, negatives = self.encode(student, teacher, current_iter)  # f^S, f^T, f^Neg
             if self.cri_cl is not None:
                 terms['l_cl'] = self.cri_cl.from_parts(s.levels, t.levels, negatives)  # Eq. 5
             if self.cri_ce is not None:
                 terms['l_ce'] = self.cri_ce.from_logits(s.logits, t.logits)  # Eq. 9
-        if self.cri_mclir is not None and (self.encoder_due or not self.mclir_levels):
+        if self.cri_mclir is not None:
             terms['l_mclir'] = self.push(student, s.levels if self.mclir_levels else None)
         return terms
 
     def pulls(self, terms):
         output, self.student_output = self.student_output, None
-        pulls = gradients.with_shares(terms, output, self.shares, self.steps.scaled)
-        if self.encoder_every > 1:  # as much in all as in every iteration (StyleGAN2's lazy regularisation)
-            rare = ('l_cl', 'l_ce', *(['l_mclir'] if self.mclir_levels else []))
-            pulls = {name: pull * self.encoder_every if name in rare else pull for name, pull in pulls.items()}
-        return pulls
+        return gradients.with_shares(terms, output, self.shares, self.steps.scaled)
 
     def first_index(self, current_iter):
         """Index of this rank's first sample among all samples of the run: draws depend on it, not on the rank."""
@@ -238,8 +231,7 @@ class DCKDModel(KDModel):
 
     def get_current_log(self):
         log = super().get_current_log()
-        self.details = {}
-        if self.cri_cl is not None and self.encoder_due:
+        if self.cri_cl is not None:
             stats = self.cri_cl.report()
             left_out = stats.pop('guarded', 0)
             if left_out:

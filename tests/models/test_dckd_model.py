@@ -255,41 +255,6 @@ def test_gradient_shares_are_those_of_the_step():
     assert losses == plain and losses['l_cl'] != by_hand['l_cl']
 
 
-def gradient_of(iteration, removed=(), **train):
-    torch.manual_seed(0)
-    model = build_model(without(options(gaussian_noise_prob=1, **train), *removed))
-    losses = step(model, iteration)
-    return losses, torch.cat([p.grad.flatten() for p in model.net_g.parameters()])
-
-
-@pytest.mark.parametrize('shares', [{}, {'cl_opt': 0.5, 'ce_opt': 0.25}])
-def test_the_encoder_may_come_in_every_nth_iteration(shares):
-    """Between them the step is that without its losses; then it is that with losses of N times the weight."""
-    for iteration, due in ((2, False), (3, True)):
-        losses, gradient = gradient_of(iteration, encoder_every=3, gradient_shares=shares)
-        if due:
-            strong = {key: {**options()['train'][key]} for key in ('cl_opt', 'ce_opt')}
-            for block in strong.values():
-                block['loss_weight'] *= 3
-            tripled = {key: 3 * share for key, share in shares.items()}
-            _, expected = gradient_of(iteration, gradient_shares=tripled, **strong)
-            logged, _ = gradient_of(iteration)
-        else:
-            logged, expected = gradient_of(iteration, removed=('cl_opt', 'ce_opt', 'network_vqgan', 'network_his'))
-        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
-        assert losses == logged  # in the log, the losses are what they are
-        assert ('l_cl' in losses and 'l_ce' in losses) == due
-
-
-def test_the_history_moves_and_details_are_logged_whatever_the_encoder_does():
-    model = build_model(options(gaussian_noise_prob=1, encoder_every=2, step=[1]))
-    before = flat(model.net_his)
-    step(model, 1)
-    assert not np.array_equal(before, flat(model.net_his)) and model.details == {}
-    step(model, 2)
-    assert len(model.details['numerator']) == 5
-
-
 def test_without_teacher_the_ground_truth_is_the_target():
     model = build_model(without(options(), 'network_t', 'cl_opt', 'ce_opt'))
     losses = step(model, 1)
