@@ -65,7 +65,8 @@ def difference(model, reference):
     (losses, gradient), (expected, true) = step(model), step(reference)
     assert losses.keys() == expected.keys()
     off = max(abs(losses[name] - value) / abs(value) for name, value in expected.items())
-    return off, 1 - torch.cosine_similarity(gradient, true, dim=0).item()
+    # In float32 the cosine of a gradient with itself is off by more than some of the bounds, on some processors.
+    return off, 1 - torch.cosine_similarity(gradient.double(), true.double(), dim=0).item()
 
 
 @pytest.mark.parametrize(
