@@ -2,6 +2,7 @@
 
 python -m dckd_sr.upscale photo.jpg -m experiments/NAME/models/net_g_latest.pth
 python -m dckd_sr.upscale FOLDER -m net_g_latest.onnx -o OUT --tile 256
+python -m dckd_sr.upscale a.png b.jpg -m net_g_latest.pth
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ def main(argv=None):
         exit code: 0 done; 2 a mistake in arguments, or images that could not be read or written (one line each, the
         others are done); 130 interrupted.
     """
-    return 2 if run(_parser().parse_args(argv)) else 0
+    return 2 if run(_parser().parse_intermixed_args(argv)) else 0  # images may stand on both sides of -m FILE
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog='python -m dckd_sr.upscale', description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('input', help='an image, or a folder whose images are done (not those of its sub-folders)')
+    add('input', nargs='+', help='images, or a folder whose images are done (not those of its sub-folders)')
     add('-m', '--model', required=True, help='checkpoint (.pth, .safetensors), .onnx or TorchScript file')
-    add('-o', '--output', metavar='OUT', help='a file for an image, else a folder; default: INPUT_xSCALE beside it')
+    add('-o', '--output', metavar='OUT', help='a file for one image, else a folder; default: INPUT_xSCALE beside it')
     add('-opt', '--opt', metavar='FILE', help="a checkpoint's option file; default: the run's, or tensors tell")
     add('--network', choices=['g', 't'], default='g', help='of -opt: network_g (default) or network_t')
     add('--param_key', help='the entry with the weights; default: params_ema, params or state_dict')
     add('--tile', type=int, metavar='N', help=f'side of tiles; 0: none; default: {TILE} for more than a megapixel')
     add('--overlap', type=int, metavar='N', help='pixels that tiles share; default: a quarter of the tile, at most 32')
-    add('--format', choices=['png', 'webp', 'jpg'], help='of the outputs in a folder; default: png')
+    add('--format', choices=['png', 'webp', 'jpg'], help='of outputs that -o does not name; default: png')
     add('--device', help='cpu, cuda, cuda:1, mps; default: a GPU if there is one')
     add('--half', action='store_true', help='mixed precision, for GPUs; checkpoints only')
     add('--force', action='store_true', help='replace outputs that exist; without it they are kept')
@@ -69,16 +70,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ('tile', 'overlap'):
         if (getattr(args, name) or 0) < 0:
             raise UserError(f'--{name} {getattr(args, name)}: at least 0')
-    source = Path(args.input)
-    if not source.exists():
-        raise UserError(f'{source} is not there; expected an image or a folder of images')
-    images = pictures.list_folder(source) if source.is_dir() else [source]
+    images = _images([Path(name) for name in args.input])
     device = _device(args.device)
     model = load(args.model, args.opt, args.network, args.param_key, device)
     if args.half and not isinstance(model.run, torch.nn.Module):
         raise UserError(f'--half: {args.model} was exported in the precision that it has')
     speed = Speed({'use_amp': args.half, 'amp_bf16': device.type == 'cpu'}, device)
-    targets = _targets(source, images, args, model.scale)
+    targets = _targets(images, args, model.scale)
     print(f'model       {model.about}')
     counts = Counter()
     for number, (image, target) in enumerate(zip(images, targets), 1):
@@ -94,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if len(images) > 1:
         kept = f', {counts["kept"]} kept because their outputs exist (--force replaces them)' if counts['kept'] else ''
         failed = f', {counts["failed"]} failed' if counts['failed'] else ''
-        print(f'{len(images)} images: {counts["done"]} done{kept}{failed}; outputs in {targets[0].parent}')
+        folders = dict.fromkeys(str(target.parent) for target in targets)
+        print(f'{len(images)} images: {counts["done"]} done{kept}{failed}; outputs in {", ".join(folders)}')
     return counts['failed']
 
 
@@ -111,32 +110,59 @@ def _device(name):
 # Where outputs go
 
 
-def _targets(source, images, args, scale):
+def _images(sources):
+    """What the command line names: images, or those of one folder."""
+    for source in sources:
+        if not source.exists():
+            raise UserError(f'{source} is not there; expected an image or a folder of images')
+        if source.is_dir() and len(sources) > 1:
+            raise UserError(
+                f'{source} is a folder; expected it alone, or images: the outputs of a folder get their own'
+            )
+    if sources[0].is_dir():
+        return pictures.list_folder(sources[0])
+    return list({source.resolve(): source for source in sources}.values())
+
+
+def _targets(images, args, scale):
     """Path of the output of each image."""
     out, ending = Path(args.output) if args.output else None, f'_x{scale}' if scale > 1 else '_restored'
-    suffix = f'.{args.format or "png"}'
+    suffix, source = f'.{args.format or "png"}', Path(args.input[0])
+    is_file = out is not None and out.suffix and not out.is_dir()
     if source.is_dir():
         source = source.resolve()  # a dot has no name of its own
-        folder = out or source.with_name(f'{source.name}{ending}')
-        if folder.resolve() == source:
-            raise UserError(f'{folder} holds the inputs; name another folder with -o')
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f'{folder} is a file; outputs of a folder need a folder')
-        # File systems may take a.png and A.png for one.
-        stems = Counter(image.stem.casefold() for image in images)
-        names = [image.stem if stems[image.stem.casefold()] == 1 else image.name for image in images]
-        return [folder / f'{name}{suffix}' for name in names]
-    if out is None or out.is_dir() or not out.suffix:
-        target = (out or source.parent) / f'{source.stem}{"" if out else ending}{suffix}'
-    elif out.suffix.lower() in pictures.FORMATS:
-        target = out
-    else:
-        raise UserError(f'{out}: cannot write {out.suffix}; one of {", ".join(pictures.FORMATS)}')
-    if target.resolve() == source.resolve():
-        raise UserError(f'{target} is the input; name another file with -o')
-    if target.exists() and not args.force:
-        raise UserError(f'{target} exists; name another file with -o or add --force')
-    return [target]
+        out, ending = out or source.with_name(f'{source.name}{ending}'), ''
+        if out.resolve() == source:
+            raise UserError(f'{out} holds the inputs; name another folder with -o')
+    elif len(images) == 1:
+        if is_file and out.suffix.lower() not in pictures.FORMATS:
+            raise UserError(f'{out}: cannot write {out.suffix}; one of {", ".join(pictures.FORMATS)}')
+        target = out if is_file else (out or source.parent) / f'{source.stem}{"" if out else ending}{suffix}'
+        if target.resolve() == source.resolve():
+            raise UserError(f'{target} is the input; name another file with -o')
+        if target.exists() and not args.force:
+            raise UserError(f'{target} exists; name another file with -o or add --force')
+        return [target]
+    elif is_file and out.suffix.lower() in pictures.FORMATS:
+        raise UserError(f'-o {out}: the name of one file for {len(images)} images; name a folder')
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f'{out} is a file; the outputs of {len(images)} images need a folder')
+    # File systems may take a.png and A.png for one.
+    places = [(out or image.parent, image.stem.casefold()) for image in images]
+    targets = [
+        folder / f'{image.stem if places.count((folder, stem)) == 1 else image.name}{"" if out else ending}{suffix}'
+        for image, (folder, stem) in zip(images, places)
+    ]
+    inputs, taken = {image.resolve() for image in images}, {}
+    for image, target in zip(images, targets):
+        other = taken.setdefault(str(target.resolve()).casefold(), image)
+        if other is not image:
+            raise UserError(
+                f'{target} would be the output of {other} and of {image}; name another folder for one of them'
+            )
+        if args.force and target.resolve() in inputs:
+            raise UserError(f'{target}, the output of {image}, is an input, too; leave out --force, or name a folder')
+    return targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -224,6 +224,34 @@ def test_a_folder(capsys):
     assert {path.suffix for path in Path('other').iterdir()} == {'.webp'}
 
 
+def test_several_images(capsys):
+    """As a shell's `*.png` names them, on both sides of -m."""
+    for name in ('a.png', 'sub/a.jpg', 'b.png', 'sub/b.png'):
+        save(RGB, name)
+    assert upscale.main(['a.png', 'sub/a.jpg', '-m', 'repeat.pt', 'b.png', './b.png']) == 0
+    assert '3 images: 3 done; outputs in ., sub' in capsys.readouterr().out
+    assert np.array_equal(stored('a_x2.png'), doubled(RGB)) and Path('sub/a_x2.png').is_file()
+    Path('text.png').write_text('words')
+    assert run('a.png', 'text.png', 'b.png') == 2
+    printed = capsys.readouterr()
+    assert '3 images: 0 done, 2 kept because their outputs exist (--force replaces them), 1 failed' in printed.out
+    assert printed.err == 'error: not an image, or damaged: text.png\n'
+    assert run('a.png', 'sub/a.jpg', 'b.png', '-o', 'out', '--format', 'webp') == 0
+    assert sorted(path.name for path in Path('out').iterdir()) == ['a.jpg.webp', 'a.png.webp', 'b.webp']
+    for arguments, message in (
+        (['a.png', 'b.png', '-o', 'out.png'], '-o out.png: the name of one file for 2 images; name a folder'),
+        (['a.png', 'b.png', '-o', 'text.png'], '-o text.png: the name of one file'),
+        (['a.png', 'sub'], 'sub is a folder; expected it alone, or images'),
+        (['sub', 'a.png'], 'sub is a folder; expected it alone, or images'),
+        (['a.png', 'absent.png'], 'absent.png is not there'),
+        (['b.png', 'sub/b.png', '-o', 'out'], 'out/b.png.png would be the output of b.png and of sub/b.png'),
+        (['a.png', 'a_x2.png', '--force'], 'a_x2.png, the output of a.png, is an input, too'),
+    ):
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f'error: {message}') and error.count('\n') == 1, error
+
+
 def test_a_folder_with_no_name(monkeypatch):
     save(RGB, 'in/a.png')
     model = str(Path('repeat.pt').resolve())
@@ -262,7 +290,7 @@ def test_mistakes(capsys):
         (['photo.png', '-m', 'broken.pt'], 'photo.png: the output holds nan or infinite values'),
         (['photo.png', '-o', 'out.bmp'], 'out.bmp: cannot write .bmp; one of .png, .webp, .jpg'),
         (['photo.png', '-o', 'text.png/out.png'], 'text.png'),
-        (['in', '-o', 'text.png'], 'text.png is a file; outputs of a folder need a folder'),
+        (['in', '-o', 'text.png'], 'text.png is a file; the outputs of 2 images need a folder'),
         (['in', '-o', 'in', '--force'], 'in holds the inputs; name another folder with -o'),
         (['photo.png', '--tile', '-1'], '--tile -1: at least 0'),
         (['photo.png', '--tile', '8', '--overlap', '8'], 'tile_overlap 8 must be smaller than tile_size 8'),
