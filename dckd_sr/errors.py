@@ -29,7 +29,8 @@ def entry_point(interrupted='interrupted'):
                 sys.stdout.flush()
                 return code
             except UserError as error:
-                print(f'error: {error}', file=sys.stderr)
+                # Several mistakes in one option file are several lines, which `OptionError` makes.
+                print(f'error: {error if hasattr(error, "problems") else one_line(error)}', file=sys.stderr)
                 return 2
             except SystemExit as stop:
                 return stop.code or 0
@@ -50,6 +51,11 @@ def nearest(name, candidates):
     """Return ``" (did you mean 'x'?)"`` for the candidate closest to name, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ''
+
+
+def one_line(text):
+    r"""A text with line breaks and other characters that no terminal shows as escapes, such as ``\n``."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
 def reason(error):

@@ -23,7 +23,7 @@ from pydantic import ValidationError, create_model
 from dckd_sr import option_keys as keys
 from dckd_sr import zoo
 from dckd_sr.archs import ensemble_arch, spandrel_arch, vqgan_arch
-from dckd_sr.errors import UserError, nearest
+from dckd_sr.errors import UserError, nearest, one_line
 from dckd_sr.ops.schedulers import SCHEDULERS
 from dckd_sr.vgg import vgg_places
 
@@ -33,20 +33,25 @@ class Report:
     """Problems and warnings found so far.
 
     Attributes:
-        strict: an unknown key is a problem, otherwise a warning.
+        strict: every unknown key is a problem, because the model is ours.
+        known: the model is ours or BasicSR's: an unknown key that looks like a mistake is a problem. Otherwise, and in
+            files of other models, unknown keys are warnings.
+        read: the texts in the code of a model that is not ours, among them the keys that it reads.
         homes: (section, its keys) for each section, to say where a misplaced key belongs.
     """
 
     strict: bool = True
+    known: bool = True
+    read: frozenset = frozenset()
     homes: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
 
     def error(self, path, text, *value):
-        self.problems.append(f'{_shown(path, *value)}: {text}')
+        self.problems.append(one_line(f'{_shown(path, *value)}: {text}'))
 
     def warn(self, path, text, *value):
-        self.warnings.append(f'{_shown(path, *value)}: {text}')
+        self.warnings.append(one_line(f'{_shown(path, *value)}: {text}'))
 
     def missing(self, path, text):
         """A missing key, unless its value was wrong."""
@@ -60,19 +65,34 @@ class Report:
         starts = (*(f'{name} = ' for name in around), *(f'{name}: ' for name in around), f'{path}.')
         return any(problem.startswith(starts) for problem in self.problems)
 
-    def unknown(self, path, value, valid, what='key'):
-        """An unknown key, with the name that it has here, the section that it belongs in, or the nearest valid name."""
+    def unknown(self, path, value, valid, what='key', given=(), fatal=False):
+        """An unknown key, with the name that it has here, the section that it belongs in, or the nearest valid name.
+
+        Args:
+            given: the keys beside it.
+            fatal: what is built from the block refuses the key.
+        """
         key, near = path.rpartition('.')[2], nearest(path.rpartition('.')[2], valid)
         home = next(
             (f"'{section}'" if section else 'the top level' for section, known in self.homes if key in known), None
         )
-        if key in keys.OTHER_NAMES:
+        named_in_code = what == 'key' and key in self.read and path in (key, f'train.{key}')
+        if named_in_code and not self.strict and key not in keys.SET_BY_PROGRAM:
+            return
+        if value is None and key in keys.known_anywhere():
+            return  # taken away from what another model has
+        if key in keys.SET_BY_PROGRAM:
+            hint = f'; {keys.SET_BY_PROGRAM[key]}, remove it'
+        elif key in keys.OTHER_NAMES:
             hint = f'; here it is {keys.OTHER_NAMES[key]}'
         elif home and not (near and what != 'key'):
             hint = f'; it belongs in {home}'
         else:
             hint = near or f'; known: {", ".join(map(str, valid)) or "none"}'
-        (self.error if self.strict else self.warn)(path, f'unknown {what}{hint}', value)
+        # The name here has a default, which would hold without a word.
+        renamed = keys.OTHER_NAMES.get(key) in valid and keys.OTHER_NAMES[key] not in given
+        refused = self.strict or (self.known and (fatal or renamed or is_misspelt(key, valid)))
+        (self.error if refused else self.warn)(path, f'unknown {what}{hint}', value)
 
 
 def _shown(path, *value):
@@ -82,6 +102,17 @@ def _shown(path, *value):
         return f'{path} = ~'
     text, most = (value[0], 200) if isinstance(value[0], str) else (json.dumps(value[0], default=str), 80)
     return f'{path} = {text if len(text) <= most else text[: most - 3] + "..."}'
+
+
+def is_misspelt(key, valid):
+    """Whether an unknown key is a valid one with a slip in it, and no key of its own that a fork has beside it."""
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.8)
+    near = near or [name for name in valid if sorted(name) == sorted(key)]  # tpye
+    if not near or key in keys.FORK_KEYS or key in keys.known_anywhere():
+        return False
+    # gt_size_h is no gt_size, resize_prob3 no resize_prob2, and optim_e no optim_g.
+    stem, stem_near = (re.sub(r'(_[a-z]|_?\d+)$', '', name) for name in (key, near[0]))
+    return stem not in (near[0], stem_near) and not key.startswith(f'{near[0]}_')
 
 
 def meant(name, known):
@@ -114,7 +145,7 @@ def validate(model, data, report, where=''):
         for problem, (block, section, key) in [(p, _locate(data, model, p['loc'])) for p in found]:
             path = '.'.join([where] * bool(where) + [str(key) for key in problem['loc']])
             if problem['type'] == 'extra_forbidden':
-                report.unknown(path, problem['input'], section.model_fields)
+                report.unknown(path, problem['input'], section.model_fields, given=block)
                 unknown.append((problem['loc'], problem['input']))
             else:
                 report.error(path, _expected(problem), problem['input'])
@@ -233,6 +264,21 @@ def is_known(cls):
     return cls.__module__.split('.')[0] in ('basicsr', 'dckd_sr')
 
 
+@functools.cache
+def texts_in(cls):
+    """The texts in the code of a class and of those that it derives from, among them the option keys that it reads."""
+
+    def texts(code):
+        for constant in code.co_consts:
+            if inspect.iscode(constant):
+                yield from texts(constant)
+            else:
+                yield from constant if isinstance(constant, tuple) else [constant]
+
+    functions = [inspect.unwrap(f) for base in cls.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
+    return frozenset(item for f in functions for item in texts(f.__code__) if isinstance(item, str))
+
+
 def members(where, cls, block):
     """(key, class, block) of a network, or of each of those that an Ensemble is made of."""
     if cls is not ensemble_arch.Ensemble:
@@ -298,13 +344,14 @@ def check_arguments(report, where, block, function, name, filled=(), also=(), va
     """Check keys against a signature: unknown, missing, or plainly of another type."""
     named, open_ended = parameters(function)
     named = {key: parameter for key, parameter in named.items() if key not in filled}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     for key, value in block.items():
         if key in named:
             problem = _argument_problem(named[key], value, (values or {}).get(key))
             if problem:
                 report.error(f'{where}.{key}', problem, value)
         elif key not in also and not open_ended:
-            report.unknown(f'{where}.{key}', value, [*named, *also], f'argument of {name}')
+            report.unknown(f'{where}.{key}', value, [*named, *also], f'argument of {name}', fatal=not takes_any)
     for key, parameter in named.items():
         if parameter.default is parameter.empty and key not in block:
             report.error(f'{where}.{key}', f'missing; {name} needs it')
@@ -594,10 +641,25 @@ def check_train(report, opt, spec):
             check_optimizer(report, where, train[key])
     check_schedule(report, train)
     for key, block in train.items():
-        if key.endswith('_opt') and block is not None:
-            check_loss(report, f'train.{key}', block)
+        loss = isinstance(block, dict) and str(block.get('type')).endswith('Loss')
+        if (key.endswith('_opt') or loss) and block is not None and not report.reported(f'train.{key}'):
+            if is_computed(report, opt['model_type'], key, block) and key.endswith('_opt'):
+                check_loss(report, f'train.{key}', block)
     if spec.losses and not any(train.get(key) or report.reported(f'train.{key}') for key in spec.losses):
         report.error('train', f'no loss; expected {one_of(spec.losses)}')
+
+
+def is_computed(report, model_type, key, block):
+    """Whether a model computes the loss of a block; reports a block of a model of BasicSR's that does not."""
+    able = keys.COMPUTED_BY.get(key, model_type if key in report.read else None)
+    if report.strict or not report.known or able == model_type:
+        return True
+    if isinstance(block, dict) and block.get('loss_weight') == 0:
+        return False  # it is meant to have no effect
+    others = [able] if able else [name for name, spec in keys.MODELS.items() if key in spec.train.model_fields]
+    others = f'one that does, such as {others[-1]}' if others else 'a model that computes it'
+    report.error(f'train.{key}', f'{model_type} does not compute this loss; remove the block, or take {others}', block)
+    return False
 
 
 def check_optimizer(report, where, block):
@@ -864,6 +926,8 @@ def check_val(report, opt):
 def check_datasets(report, opt, blocks, is_train):
     """Check and complete all datasets that a run uses."""
     first = 'train' if is_train else 'test_1'
+    if isinstance(blocks, dict):
+        blocks = {name: block for name, block in blocks.items() if block is not None}  # taken away
     if not isinstance(blocks, dict) or not blocks:
         if blocks:
             report.error('datasets', f'expected a block of keys, such as {first}', blocks)
@@ -902,6 +966,11 @@ def check_dataset(report, opt, name, block, is_train):
     elif kind not in types:
         report.error(f'{where}.type', f'no such dataset{nearest(kind, types) or "; " + one_of(types)}', block['type'])
     data = validate(dataset_model(kind, phase == 'train'), block, report, where)
+    if kind in types and kind not in keys.DATASETS and is_known(types[kind]):  # one of BasicSR's without a section here
+        valid = {*dataset_model(kind, phase == 'train').model_fields, *texts_in(types[kind])}
+        for key in block:
+            if key not in valid and is_misspelt(key, valid):
+                report.unknown(f'{where}.{key}', block[key], valid)
     data['name'] = data['name'] or name
     if data.get('meta_info_file', '') is None:
         del data['meta_info_file']  # SingleImageDataset opens it where the key exists

@@ -7,10 +7,12 @@ A file with ``_base_: NAME``, or a list of names, changes what those files say. 
 
 - a block whose ``type`` differs from the base's replaces it whole, because its other keys belong to another class;
 - lists are replaced, not joined;
-- an empty value (``~``) takes the base's block away.
+- an empty value (``~`` or ``null``) takes the base's block away.
 
-Later names of a list win over earlier ones, and the file wins over all. A base is looked for beside the file that names
-it, then among the option files that come with this package, with or without ``.yml``.
+The same holds for the value of an override (``--force_yml train:cl_opt=null``), and a block that is empty in a file
+without a base is as if it were not there. Later names of a list win over earlier ones, and the file wins over all. A
+base is looked for beside the file that names it, then among the option files that come with this package, with or
+without ``.yml``.
 """
 
 import os
@@ -20,7 +22,7 @@ from pathlib import Path
 from dckd_sr import option_checks as checks
 from dckd_sr import option_keys as keys
 from dckd_sr import safe_yaml
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, one_line
 
 BASE = '_base_'
 _LARGEST = 4 << 20  # bytes of an option file
@@ -34,8 +36,8 @@ class OptionError(UserError):
     """
 
     def __init__(self, problems, source=None):
-        self.problems = list(problems)
-        head = [str(source)] if source is not None else []
+        self.problems = [one_line(problem) for problem in problems]
+        head = [one_line(source)] if source is not None else []
         if len(self.problems) == 1:
             super().__init__(': '.join([*head, *self.problems]))
         else:
@@ -205,16 +207,26 @@ def merge(options, over, over_origins, origins, path=()):
             origins[where] = over_origins[where]
             merge(block, value, over_origins, origins, where)
             continue
-        for name in (where, *other_names(where)):
-            for old in [inner for inner in origins if inner[: len(name)] == name]:
-                del origins[old]
-            if name != where:
-                options.pop(name[-1], None)
-        if value is None and isinstance(block, dict):
-            del options[key]
-            continue
-        options[key] = value
-        origins.update({name: origin for name, origin in over_origins.items() if name[: len(where)] == where})
+        replace(options, where, value, origins)
+        if key in options:
+            origins.update({name: origin for name, origin in over_origins.items() if name[: len(where)] == where})
+
+
+def replace(block, path, value, origins):
+    """Put a value in the place of what a block has under the last name of a path, or under an older name of that key.
+
+    An empty value (None) in the place of a block takes the block away.
+    """
+    key, former = path[-1], block.get(path[-1])
+    for name in (path, *other_names(path)):
+        for old in [inner for inner in origins if inner[: len(name)] == name]:
+            del origins[old]
+        if name != path:
+            block.pop(name[-1], None)
+    if value is None and isinstance(former, dict):
+        del block[key]
+    else:
+        block[key] = value
 
 
 def other_names(path):
@@ -230,13 +242,14 @@ def other_names(path):
 
 
 def apply_overrides(opt, overrides, origins=None):
-    """Set the ``a:b=value`` entries of --force_yml in opt; values are YAML, keys may be new.
+    """Set the ``a:b=value`` entries of --force_yml in opt; values are YAML, keys may be new, null takes a block away.
 
     Args:
         origins: see `OptionFile`; gets the overridden keys.
 
     Raises:
-        OptionError: an entry without ``=``, one that leads through a plain value, or a value with a YAML tag.
+        OptionError: an entry without ``=``, one that leads through a plain value, a value with a YAML tag, or the home
+            folder where a block or a plain name belongs, because a shell wrote it in the place of ``~``.
     """
     problems, origins = [], {} if origins is None else origins
     for entry in overrides or ():
@@ -262,10 +275,15 @@ def apply_overrides(opt, overrides, origins=None):
                 problems.append(f"--force_yml {entry}: '{name}' is a value here, not a block of keys")
                 break
         else:
-            for other in other_names(tuple(names)):
-                block.pop(other[-1], None)
-            block[names[-1]] = value
-            origins.update(dict.fromkeys(_paths(value, tuple(names)), '--force_yml'))
+            taken_for_block = isinstance(block.get(names[-1]), dict) or len(names) == 1 and names != ['imports']
+            if taken_for_block and value == keys.expand('~') != '~':
+                key = ':'.join(names)
+                text = f'this is your home folder, which the shell wrote in the place of ~; write {key}=null'
+                problems.append(f'--force_yml {entry}: {text}')
+                continue
+            replace(block, tuple(names), value, origins)
+            if names[-1] in block:
+                origins.update(dict.fromkeys(_paths(value, tuple(names)), '--force_yml'))
     if problems:
         raise OptionError(problems)
 

@@ -3,6 +3,7 @@
 A new key is one line in a section; a new model type is one line in `MODELS`. `option_checks` does the checking.
 """
 
+import functools
 import keyword
 import os
 import re
@@ -29,6 +30,10 @@ def _no_bool(value):
 
 def _listed(value):
     return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _without_empty(value):
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _gpus(value):
@@ -241,7 +246,9 @@ class Val(Section):
     tile_overlap: Optional[Count] = Field(None, description='input pixels that tiles share')
     tile_batch_size: Optional[Positive] = Field(None, description='tiles in one forward pass; 1 if empty')
     self_ensemble: bool = Field(False, description='mean over the 8 flips and transpositions of the input')
-    metrics: Optional[dict[str, Block]] = Field(None, description='name -> metric with its arguments')
+    metrics: Annotated[Optional[dict[str, Block]], BeforeValidator(_without_empty)] = Field(
+        None, description='name -> metric with its arguments'
+    )
 
 
 class Wandb(Section):
@@ -455,6 +462,9 @@ DATASET_NEEDS = {
 }
 
 
+PATH_KEYS = ('pretrain_network', 'strict_load', 'param_key')  # of a network, which ends them as in network_g
+
+
 @dataclass(frozen=True)
 class ModelKeys:
     """Which networks and which `train` keys a model type has, and which of them it cannot do without."""
@@ -537,10 +547,13 @@ OTHER_NAMES = {
     'accumulate': 'train.accum_iter',
     'n_workers': 'num_worker_per_gpu',
     'num_workers': 'num_worker_per_gpu',
+    'num_worker': 'num_worker_per_gpu',
     'iters': 'total_iter',
     'total_iters': 'total_iter',
+    'niter': 'total_iter',
     'ema': 'ema_decay',
-    'tile': 'tile_size',
+    'tile': 'val.tile_size, with val.tile_overlap',
+    'tile_pad': 'val.tile_overlap',
     'kd_opt': 'logits_opt',
     'distill_opt': 'logits_opt',
     'contrastive_opt': 'cl_opt',
@@ -553,6 +566,18 @@ OTHER_NAMES = {
     'fast_matmul': 'use_tf32',
     'gradient_checkpointing': 'use_checkpoint',
 }
+# What a run adds to its options; older files and logs hold some of it.
+SET_BY_PROGRAM = {
+    'dist': 'set by --launcher',
+    **dict.fromkeys(('rank', 'world_size', 'local_rank'), 'set by torchrun or srun'),
+    'auto_resume': 'set by --auto_resume',
+    **dict.fromkeys(('is_train', 'root_path'), 'set by the command'),
+    'gpu_ids': 'set by CUDA_VISIBLE_DEVICES',
+}
+# Keys of forks that resemble one of BasicSR's and mean something else.
+FORK_KEYS = ('use_vflip',)
+# Losses that a model of BasicSR builds, and that only this one computes.
+COMPUTED_BY = {'ldl_opt': 'RealESRGANModel'}
 # Values of arguments that a constructor would refuse with a traceback, or late. Of BasicSR's classes and ours.
 LOSS_VALUES = {
     'reduction': ('mean', 'sum'),
@@ -582,6 +607,18 @@ CHANNEL_KEYS = {
 }
 # torch.optim classes that do not fit a training step of BasicSR: abstract, closures, sparse gradients, matrices only.
 UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam', 'Muon')
+
+
+@functools.cache
+def known_anywhere():
+    """The keys of all sections, whatever the model and the dataset."""
+    sections = [Top, Val, Logger, Wandb, DistParams, IOBackend, TrainLoader, Dataset, MixingAugs, Noisy]
+    sections += [spec.train for spec in MODELS.values()] + list(DATASETS.values())
+    letters = {letter for spec in MODELS.values() for letter in spec.networks}
+    named = {'network_his'} | {f'{key}_{letter}' for key in ('network', *PATH_KEYS) for letter in letters}
+    return named.union(*(section.model_fields for section in sections))
+
+
 # Where things that option files name come from: the pages of the projects themselves.
 DATA_SOURCES = {
     r'datasets.demo_': 'python -m dckd_sr.demo deblur (or derain), which writes it',

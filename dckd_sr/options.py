@@ -235,6 +235,8 @@ def model_keys(opt, report, is_train):
         name = 'KDModel'
     ancestry = [cls for cls in types[name].__mro__ if cls.__module__.startswith('dckd_sr.')] if name in types else []
     report.strict = bool(ancestry) and ancestry[0] is types[name]
+    report.known = name in types and checks.is_known(types[name])
+    report.read = checks.texts_in(types[name]) if name in types else frozenset()
     # A model that derives from one of ours has its keys.
     inherited = next((keys.MODELS[cls.__name__] for cls in ancestry if cls.__name__ in keys.MODELS), keys.OTHER_MODEL)
     return name, keys.MODELS.get(name, inherited)

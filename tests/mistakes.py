@@ -133,6 +133,15 @@ def _(run):
     run.arguments += ['--force_yml', 'scale:x=1']
 
 
+@mistake('a home folder that the shell wrote in the place of ~')
+def _(run):
+    run.arguments += ['--force_yml', f'network_t={os.path.expanduser("~")}']
+
+
+# The run as a file of BasicSR.
+PLAIN = ['model_type=SRModel', 'network_t=null', 'network_his=null', 'network_vqgan=null', 'path=null']
+PLAIN += ['train={total_iter: 1, optim_g: {type: Adam, lr: 1e-4}, pixel_opt: {type: L1Loss}}']
+
 MISTAKES.update(
     {
         'text for a number': 'train:total_iter=many',
@@ -162,6 +171,9 @@ MISTAKES.update(
         'a learning rate in words': 'train:optim_g:lr=fast',
         'Adam with one beta': 'train:optim_g:betas=[0.9]',
         'an unknown key': 'train:total_itre=1',
+        'a near miss of a key in a file of BasicSR': [*PLAIN, 'train:ema_deacy=0.9'],
+        'a loss that the model does not compute': [*PLAIN, 'train:fft_opt={type: L1Loss, loss_weight: 0.05}'],
+        'a key that the program sets': 'dist=true',
         'a key in the wrong section': 'num_neg=4',
         "another toolbox's name of a key": 'datasets:train:patch_size=32',
         'an unknown model': 'model_type=DCKDModle',

@@ -273,13 +273,8 @@ class TestLossesByName:
 
 class TestOtherModels:
     def test_unknown_keys_are_warnings(self):
-        warnings = load(esrgan(), 'train:fix_flow=5000', 'network_g:num_feats=1', 'datasets:train:cahce=ram')[1]
-        assert [line.split(' = ')[0] for line in warnings] == [
-            'train.fix_flow',
-            'network_g.num_feats',
-            'datasets.train.cahce',
-        ]
-        assert "did you mean 'num_feat'?" in warnings[1]
+        warnings = load(esrgan(), 'train:fix_flow=5000', 'datasets:train:cahce=ram')[1]
+        assert [line.split(' = ')[0] for line in warnings] == ['train.fix_flow', 'datasets.train.cahce']
 
     @pytest.mark.parametrize(
         ('override', 'start'),
@@ -315,6 +310,134 @@ class TestOtherModels:
         opt['scale'] = 1
         opt['network_g'] = {'type': 'SwinIR', 'img_size': [48, 48], 'window_size': 8}
         load(opt)
+
+
+# The networks' own models, and their losses, are BasicSR's; the keys are those of its forks.
+KNOWN = ('SRModel', 'SwinIRModel', 'SRGANModel', 'ESRGANModel', 'RealESRGANModel', 'RealESRNetModel')
+KNOWN += ('VideoBaseModel', 'EDVRModel', 'VideoRecurrentModel', 'HiFaceGANModel')
+FORKS = [  # keys of BasicSR's earlier files, and of NAFNet, NAFSSR, Restormer, HAT, SwinIR, Real-ESRGAN, SAFMN
+    *('train:manual_seed=0', 'train:mixup=false', 'train:fix_iter=5000', 'train:flow_lr_mul=0.125', 'train:niter=9'),
+    *('train:fft_opt=~', 'train:fft_opt={type: FFTLoss, loss_weight: 0}', 'train:clip_grad_norm=true'),
+    *('train:optim_e={type: Adam, lr: 1}', 'train:gt_usm=true', 'train:pixel_opt2=~'),
+    *('datasets:train:use_vflip=true', 'datasets:train:flip_RGB=true', 'datasets:train:gt_size_h=120'),
+    *('datasets:train:use_shuffle=true', 'datasets:train:use_flip=true', 'datasets:train:meta_info=list.txt'),
+    *('datasets:train:geometric_augs=true', 'datasets:train:task=SR', 'datasets:train:batch_size=4'),
+    *('val:trans_num=1', 'val:use_image=false', 'val:grids=false', 'val:max_minibatch=8', 'val:use_pbar=true'),
+    *('logger:use_wandb=false', 'gpu_ids=[0]', 'dist=true', 'set_CUDA_VISIBLE_DEVICES=true', 'queue_size=180'),
+    *('network_d={type: VGGStyleDiscriminator, num_in_ch: 3, num_feat: 64}', 'path:strict_load_d=true'),
+    *('network_e={type: EDSR}', 'path:strict_load_e=true', 'path:param_key_d=params', 'path:root=./'),
+    *('tile={tile_size: 256, tile_pad: 32}', 'self_ensemble_scale=1', 'high_order_degradation=true', 'gt_usm=true'),
+]
+
+
+class TestKnownModels:
+    """Models of BasicSR: what looks like a mistake is one, and keys of forks are no more than warned of."""
+
+    def opt(self, model='SRModel'):
+        opt = esrgan()
+        opt['model_type'] = model
+        if 'GAN' not in model:
+            for block in (opt, opt['train']):
+                for key in ('network_d', 'optim_d', 'gan_opt'):
+                    block.pop(key, None)
+        return opt
+
+    @pytest.mark.parametrize('model', KNOWN)
+    @pytest.mark.parametrize(
+        ('override', 'start'),
+        [
+            ('train:ema_deacy=0.9', "train.ema_deacy = 0.9: unknown key (did you mean 'ema_decay'?)"),
+            ('train:pixle_opt={type: L1Loss}', 'train.pixle_opt = {"type": "L1Loss"}: unknown key (did you mean'),
+            ('train:warmup_iters=10', "train.warmup_iters = 10: unknown key (did you mean 'warmup_iter'?)"),
+            ('train:fft_opt={type: L1Loss}', 'train.fft_opt = {"type": "L1Loss"}: MODEL does not compute this loss'),
+            ('train:fft_opt={type: FFTLoss}', 'train.fft_opt = {"type": "FFTLoss"}: MODEL does not compute this loss'),
+            ('train:cl_opt={type: MSELoss}', 'train.cl_opt = '),
+            ('datasets:train:gt_sise=64', "datasets.train.gt_sise = 64: unknown key (did you mean 'gt_size'?)"),
+            ('datasets:val_1:filename_tmp={}', "datasets.val_1.filename_tmp = {}: unknown key (did you mean 'filename"),
+            ('datasets:train:io_backend:tpye=disk', 'datasets.train.io_backend.tpye = disk: unknown key'),
+            ('val:val_frq=10', "val.val_frq = 10: unknown key (did you mean 'val_freq'?)"),
+            ('val:metrics:psnr:test_y_chanel=true', 'val.metrics.psnr.test_y_chanel = true: unknown argument of'),
+            ('logger:print_frq=1', 'logger.print_frq = 1: unknown key'),
+            ('path:pretrain_netwrok_g=teacher.pth', 'path.pretrain_netwrok_g = teacher.pth: unknown key'),
+            ('scael=4', "scael = 4: unknown key (did you mean 'scale'?)"),
+            ('manual_sed=4', "manual_sed = 4: unknown key (did you mean 'manual_seed'?)"),
+            ('network_g:img_rnge=255', 'network_g.img_rnge = 255: unknown argument of EDSR'),
+            ('network_g:depth=255', 'network_g.depth = 255: unknown argument of EDSR'),  # which takes no others
+            ('train:optim_g:momentun=1', 'train.optim_g.momentun = 1: unknown argument of Adam'),
+        ],
+    )
+    def test_mistakes(self, model, override, start):
+        if model in ('SRModel', 'SwinIRModel') and 'cl_opt' in override:
+            pytest.skip('runs as DCKDModel')
+        problems = problems_of(self.opt(model), override)
+        assert len(problems) == 1 and problems[0].startswith(start.replace('MODEL', model)), problems
+
+    @pytest.mark.parametrize('override', FORKS)
+    def test_keys_of_forks(self, override):
+        opt, notes = load(self.opt(), override)
+        where = override.partition('=')[0].replace(':', '.')
+        assert len([note for note in notes if note.startswith(where)]) == len(notes) == 1, notes
+        assert opt['model_type'] == 'SRModel'
+
+    @pytest.mark.parametrize(
+        ('model', 'able'), [('SRGANModel', False), ('ESRGANModel', False), ('RealESRGANModel', True)]
+    )
+    def test_a_loss_that_is_built_and_not_computed(self, model, able):
+        ldl = 'train:ldl_opt={type: L1Loss, loss_weight: 1.0}'
+        if able:
+            assert load(self.opt(model), ldl)
+        else:
+            assert problems_of(self.opt(model), ldl)[0].endswith(
+                f'{model} does not compute this loss; remove the block, or take one that does, such as RealESRGANModel'
+            )
+
+    def test_a_gan_loss_without_its_model(self):
+        (problem,) = problems_of(self.opt('RealESRNetModel'), 'train:gan_opt={type: GANLoss, gan_type: vanilla}')
+        assert problem.endswith('or take one that does, such as ESRGANModel')
+
+    def test_what_is_taken_away_need_not_be_there(self):
+        assert load(self.opt(), 'train:cl_opt=null', 'network_his=null')[1] == []
+        assert load(vqgan(), 'train:cl_opt=null', 'network_t=null')[1] == []
+        assert problems_of(vqgan(), 'train:cl_optt=null')[0].startswith('train.cl_optt = ~: unknown key')
+
+    def test_keys_that_a_model_reads_are_known(self):
+        keys = (
+            'gt_usm=true',
+            'resize_prob2=[0.3, 0.4, 0.3]',
+            'gaussian_noise_prob=0.5',
+            'queue_size=180',
+            'gt_size=64',
+        )
+        assert load(self.opt('RealESRNetModel'), *keys)[1] == []
+        assert load(self.opt('VideoRecurrentModel'), 'train:fix_flow=5000', 'train:flow_lr_mul=0.1')[1] == []
+
+    def test_a_name_of_another_toolbox_counts_where_its_own_is_missing(self):
+        opt = self.opt()
+        del opt['datasets']['train']['batch_size_per_gpu']
+        (problem,) = problems_of(opt, 'datasets:train:batch_size=4')
+        assert problem == 'datasets.train.batch_size = 4: unknown key; here it is batch_size_per_gpu'
+
+    def test_what_a_run_sets_itself(self):
+        assert load(self.opt(), 'dist=true')[1] == ['dist = true: unknown key; set by --launcher, remove it']
+        assert problems_of(dckd(), 'dist=true') == ['dist = true: unknown key; set by --launcher, remove it']
+
+    def test_sets_of_basicsr_without_a_section_here(self):
+        reds = 'datasets:train={type: REDSDataset, dataroot_gt: HR, num_frame: 5, interval_lst: [1], use_shuffle: true}'
+        (problem,) = problems_of(self.opt(), reds)
+        assert problem == "datasets.train.interval_lst = [1]: unknown key (did you mean 'interval_list'?)"
+
+    def test_models_of_others_are_warned(self, monkeypatch):
+        models = option_checks.known_types(options.MODEL_REGISTRY)
+        theirs = type('TheirModel', (models['SRModel'],), {'__module__': 'their_models'})
+        monkeypatch.setitem(options.MODEL_REGISTRY._obj_map, 'TheirModel', theirs)
+        slips = ('train:ema_deacy=0.9', 'train:fft_opt={type: L1Loss}', 'network_g:num_feats=8', 'scael=4')
+        _, notes = load(self.opt('TheirModel'), *slips)
+        assert sorted(note.split(' = ')[0] for note in notes) == [
+            'network_g.num_feats',
+            'scael',
+            'train.ema_deacy',
+            'train.fft_opt',
+        ]
 
 
 class TestPerceptualLoss:

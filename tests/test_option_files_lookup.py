@@ -91,6 +91,61 @@ class TestMerge:
         write('child.yml', '_base_: base\ndatasets: {val_2: ~}\n')
         assert set(options.load('child.yml')[0]['datasets']) == {'train', 'val_1'}
 
+    def test_null_takes_a_block_away_wherever_it_stands(self):
+        """In a variant, in an override and in a plain file: as if the block had never been there."""
+
+        def blocks(value, path=()):
+            for key, inner in value.items():
+                if isinstance(inner, dict):
+                    yield (*path, key)
+                    yield from blocks(inner, (*path, key))
+
+        def outcome(*overrides):
+            try:
+                return filled(options.load('opt.yml', overrides)[0])
+            except options.OptionError as error:
+                return [problem.partition(':')[0].partition(' = ')[0] for problem in error.problems]
+
+        def filled(value):
+            return {k: filled(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+        def without(path, empty=False):
+            opt = dckd()
+            block = opt
+            for key in path[:-1]:
+                block = block[key]
+            block.pop(path[-1])
+            block.update({path[-1]: None} if empty else {})
+            return opt
+
+        write('base.yml', dckd())
+        places = list(blocks(dckd()))
+        assert {('datasets', 'val_2'), ('val', 'metrics', 'psnr'), ('network_vqgan', 'ddconfig')} < set(places)
+        for path in places:
+            variant = None
+            for key in reversed(path):
+                variant = {key: variant}
+            write('opt.yml', without(path))
+            expected = outcome()
+            write('opt.yml', {'_base_': 'base', **variant})
+            assert outcome() == expected, path
+            write('opt.yml', dckd())
+            for empty in ('null', '~', 'none', ''):
+                assert outcome(f'{":".join(path)}={empty}') == expected, path
+            write('opt.yml', without(path, empty=True))
+            assert outcome() == expected, path
+
+    def test_no_set_at_all(self):
+        write('opt.yml', {**dckd(), 'datasets': {'test_1': None}})
+        assert message('opt.yml').startswith('opt.yml: datasets: missing; ')
+
+    def test_what_an_override_takes_away_has_no_origin(self):
+        write('base.yml', dckd())
+        file = option_files.read('base.yml')
+        option_files.apply_overrides(file.options, ['network_t=null', 'train:num_neg=null'], file.origins)
+        assert 'network_t' not in file.options and not [path for path in file.origins if path[0] == 'network_t']
+        assert file.options['train']['num_neg'] is None and file.origins['train', 'num_neg'] == '--force_yml'
+
     def test_lines(self):
         write('base.yml', '\na: 1\nb:\n  c: &x {d: 2}\n  e: 3\nf: {<<: *x, g: 4}\n')
         write('sub/child.yml', '_base_: ../base.yml\nb:\n  e: 5\n')

@@ -203,8 +203,44 @@ class TestOverrides:
         assert str(error.value).startswith(f'--force_yml {entry}: ') and text in str(error.value)
         assert not Path('hacked').exists()
 
+    @pytest.mark.parametrize('key', ['compare', 'network_t', 'name', 'train:cl_opt'])
+    def test_a_home_folder_that_the_shell_wrote(self, key, monkeypatch, tmp_path):
+        monkeypatch.setenv('HOME', str(tmp_path))
+        monkeypatch.setenv('USERPROFILE', str(tmp_path))
+        text = message(write(dckd()), [f'{key}={tmp_path}'])
+        assert text == (
+            f'--force_yml {key}={tmp_path}: this is your home folder, which the shell wrote in the place of ~; '
+            f'write {key}=null'
+        )
+
+    def test_a_home_folder_that_is_meant(self, monkeypatch, tmp_path):
+        monkeypatch.setenv('HOME', str(tmp_path))
+        monkeypatch.setenv('USERPROFILE', str(tmp_path))
+        opt, _ = load(dckd(), f'datasets:train:dataroot_gt={tmp_path}')
+        assert opt['datasets']['train']['dataroot_gt'] == str(tmp_path)
+
     def test_the_seed_can_be_overridden(self):
         assert load(dckd(), 'manual_seed=5')[0]['manual_seed'] == 5
+
+
+@pytest.mark.parametrize('break_', ['\n', '\r\n', '\x1b[2J', '\u2028', '\t'])
+def test_one_problem_is_one_line(break_, capsys):
+    opt = dckd()
+    opt['train'][f'a{break_}key'] = 1
+    opt['network_g'][f'an{break_}argument'] = 1
+    opt['datasets']['train']['dataroot_gt'] = f'C:{break_}ew'
+    opt['datasets'][f'val_{break_}'] = {**PAIRED, 'name': 'x'}
+    opt['path']['pretrain_network_t'] = f'a{break_}b.pth'
+    opt['val']['metrics'][f'p{break_}'] = {'type': f'no{break_}metric'}
+    file = write(opt)
+    problems = options.check(opt)[0]
+    assert len(problems) >= 5 and message(file).count('\n') == len(problems)
+    assert all(char.isprintable() for problem in problems for char in problem)
+    assert options.main(['show', file]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 + len(problems)
+    write(dckd())
+    for text in (message(file, [f'scale=a{break_}b']), message(file, [f'a{break_}b']), message(f'no{break_}where.yml')):
+        assert text.isprintable()
 
 
 class TestFiles:
@@ -319,7 +355,7 @@ class TestDropIn:
     def test_unknown_keys_are_errors_then(self):
         opt = self.opt()
         opt['train']['cl_op'] = {'type': 'ContrasLoss'}
-        assert load(opt)[1][0].startswith('train.cl_op = ')
+        assert message(write(opt)).startswith('opt.yml: train.cl_op = ')
         opt['network_t'] = {**EDSR, 'allow_random': True}
         assert 'train.cl_op = ' in message(write(opt)) and "did you mean 'cl_opt'?" in message(write(opt))
 
