@@ -189,7 +189,7 @@ def write(content, path):
         UserError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # of two writers, each has its own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
@@ -325,17 +325,19 @@ def _plain(value):
     return value.item() if hasattr(value, 'item') and not isinstance(value, torch.Tensor) else value
 
 
-def prune(opt, keep, current_iter, best=()):
-    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first.
-
-    Those after ``current_iter`` neither count nor go: the run began before them, because they are damaged.
-    """
-    models, states = Path(opt['path']['models']), Path(opt['path']['training_states'])
-    files = {}
+def _checkpoints(opt):
+    """Iteration -> the files of a run that belong to it: networks and training states."""
+    models, states, files = Path(opt['path']['models']), Path(opt['path']['training_states']), {}
     for file in [*states.glob('*.state'), *models.glob('net_*')]:
         found = re.fullmatch(r'(?:net_.+_)?(\d+)\.(?:state|pth|safetensors)', file.name)
         if found:
             files.setdefault(int(found.group(1)), []).append(file)
+    return files
+
+
+def prune(opt, keep, current_iter, best=()):
+    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first."""
+    files = _checkpoints(opt)
     for iteration in sorted(number for number in files if number <= current_iter)[:-keep]:
         for file in files[iteration] if iteration not in best else ():
             with contextlib.suppress(OSError):
@@ -353,13 +355,15 @@ def sweep(opt):
 def find_state(opt):
     """The newest training state that verifies, with its network files.
 
+    With ``auto_resume`` those of the run come first, then ``path.resume_state``.
+
     Returns:
         (state, path), or (None, None) where there is nothing to resume from.
 
     Raises:
         UserError: ``path.resume_state`` names a file that cannot be used.
     """
-    logger = get_root_logger()
+    logger, given = get_root_logger(), opt['path'].get('resume_state')
     if opt.get('auto_resume'):
         folder = Path(opt['path']['training_states'])
         states = sorted(
@@ -367,13 +371,64 @@ def find_state(opt):
         )
         for path in states:
             try:
-                return _read_state(path, opt), path
+                state = _read_state(path, opt)
             except UserError as error:
                 logger.warning(f'Passed over {path}: {error}')
-    elif opt['path'].get('resume_state'):
-        path = Path(opt['path']['resume_state'])
+                continue
+            if given and not _same_file(path, given):
+                logger.info(f'--auto_resume goes on from {path}; path.resume_state = {given} is for a run without one.')
+            return state, path
+        if given:
+            logger.info(f'--auto_resume finds no checkpoint in {folder}: the run starts from path.resume_state.')
+    if given:
+        path = Path(given)
         return _read_state(path, opt), path
     return None, None
+
+
+def _same_file(one, other):
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
+
+
+def is_of_run(state_path, opt):
+    """Whether a training state lies in the folder of this run, which then goes on, rather than in another's."""
+    root, path = Path(opt['path']['experiments_root']).resolve(), Path(state_path).resolve()
+    return root in path.parents
+
+
+def set_aside(opt, state_path, start, moved):
+    """Move the checkpoints of a run that it does not go on from to a folder of the same layout, ``moved``.
+
+    These are all after ``start``; all of them where the state is none of the run's own, but one that was moved before;
+    and the final weights, unless this was the end.
+
+    The newest state goes last: until then the run is what it was, afterwards it goes on from ``start``, wherever this
+    is cut off.
+
+    Returns:
+        names of the states that were moved.
+    """
+    models, states = Path(opt['path']['models']), Path(opt['path']['training_states'])
+    own = _same_file(Path(state_path).parent, states)
+    names = []
+    for iteration, files in sorted(_checkpoints(opt).items()):
+        # Networks without a state are left of a save that was cut off, and are written again.
+        unfinished = opt.get('auto_resume') and not any(file.parent == states for file in files)
+        if own and (iteration <= start or unfinished):
+            continue
+        # The state first: without it, its networks are no checkpoint.
+        for file in sorted(files, key=lambda file: file.parent != states):
+            target = moved / file.parent.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+            names += [file.name] if file.parent == states else []
+    if start < int(opt['train']['total_iter']):
+        for file in models.glob('net_*_latest.*'):
+            (moved / models.name).mkdir(parents=True, exist_ok=True)
+            file.rename(moved / models.name / file.name)
+    return names
 
 
 def _read_state(path, opt):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import dckd_sr
 from dckd_sr.errors import UserError
-from dckd_sr.locks import lock
+from dckd_sr.locks import hold
 
 TIMEOUT = 30  # seconds without a byte
 ATTEMPTS = 3  # transfers that bring nothing new, before giving up
@@ -122,23 +122,18 @@ def _is_there(target, expected):
 def _locked(part):
     """Hold the lock of a partial file, waiting for other processes; its info file, open, is there as long as it is."""
     path, waiting = part.with_name(f'{part.name}.info'), False
-    while True:
-        with open(path, 'a+b') as file:
-            if lock(file):
-                # Its former holder may have removed the file: then the lock is on a name that is gone.
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    try:
-                        yield file
-                    finally:
-                        if not part.exists():
-                            with contextlib.suppress(OSError):  # Windows keeps it while it is open
-                                path.unlink()
-                    return
-                continue
+    while (file := hold(path)) is None:
         if not waiting:
             print(f'another process is downloading {part.stem}: waiting', file=sys.stderr)
             waiting = True
         time.sleep(0.2)
+    with file:
+        try:
+            yield file
+        finally:
+            if not part.exists():
+                with contextlib.suppress(OSError):  # Windows keeps it while it is open
+                    path.unlink()
 
 
 def _transfer_all(url, part, info, expected, size, progress):

@@ -2,7 +2,11 @@
 
 import contextlib
 import errno
+import os
 import time
+from pathlib import Path
+
+from dckd_sr.errors import UserError
 
 try:
     import fcntl
@@ -33,16 +37,73 @@ def lock(file):
     return True
 
 
-@contextlib.contextmanager
-def sole_writer(folder):
-    """Be the only process that writes to an existing folder; yields whether this one is. Leaves nothing behind."""
-    path, deadline = folder / '.lock', time.monotonic() + PATIENCE
-    with open(path, 'ab') as file:
-        while not (alone := lock(file)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+def hold(path):
+    """Try to hold the file of a name, which is made where it is missing.
+
+    Returns:
+        the open file, to be closed or given to `release`; None if somebody else holds it.
+    """
+    while True:
+        file = open(path, 'a+b')
         try:
-            yield alone
-        finally:
-            if alone:
-                with contextlib.suppress(OSError):  # Windows keeps it while it is open; it is no one's then
-                    path.unlink()
+            held = lock(file)
+            if held and is_at(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        if not held:
+            return None
+        # Its former holder has removed it: that lock is on a file without a name, which nobody else will find.
+
+
+def is_at(file, path):
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def release(file, path):
+    """Let go what `hold` returned, and remove it, unless its name has become another's."""
+    with file, contextlib.suppress(OSError):  # Windows keeps it while it is open; it is no one's then
+        if is_at(file, path):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold the file of a name, which nobody else needs; yields whether it is held. Leaves nothing behind."""
+    deadline = time.monotonic() + PATIENCE
+    while (file := hold(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            release(file, path)
+
+
+@contextlib.contextmanager
+def preparing(folder):
+    """Be the only process that makes what ``folder`` will hold; it need not exist.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder.with_name(f'.{folder.name}.lock')) as held:
+        if not held:
+            raise UserError(f'another process is writing to {folder}: wait for its end, or name another folder')
+        yield
+
+
+def sole_writer(folder):
+    """Be the only process that writes to an existing folder; a context that yields whether this one is.
+
+    The folder may be moved in the meantime: then whoever makes one of this name may hold that.
+    """
+    return alone(folder / '.lock')

@@ -19,7 +19,7 @@ if __name__ == '__main__':
 import torch
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, locks, logs, option_changes, options, processes
+from dckd_sr import checkpoint, locks, logs, option_changes, options, processes, sources
 from dckd_sr.errors import UserError, entry_point, reason
 
 try:
@@ -88,10 +88,19 @@ def prepare(opt, args, notes, held):
     bar = sys.stderr.isatty() and opt['rank'] == 0
     logs.start(bar=bar)
 
+    root = Path(opt['path']['experiments_root'])
+    occupied = opt['rank'] == 0 and root.is_dir()
+    if occupied:
+        occupy(root, held)
+    processes.share(None, opt)  # states are looked for when no other training writes them
     state, state_path = checkpoint.find_state(opt)
     if processes.largest(state['iter'] if state else 0, opt) != (state['iter'] if state else 0):
         raise UserError(f'the ranks see different checkpoints in {opt["path"]["training_states"]}: share that folder')
+    keep = state is not None and checkpoint.is_of_run(state_path, opt)
+    if not keep:
+        refuse_moving(opt)
     text = options.to_yaml(opt)
+    made_from = sources.of_training(opt, opt['world_size']) if opt['rank'] == 0 else None
     changes = option_changes.compare(state, text) if state else {}
     start = state['iter'] if state else 0
     train_loader, sampler = build_train_loader(opt, opt['manual_seed'], opt['world_size'], opt['rank'], start)
@@ -107,7 +116,10 @@ def prepare(opt, args, notes, held):
     else:
         look_first(model, val_loaders, opt)
 
-    make_folders(opt, args.opt, text, state is not None, held)
+    make_folders(opt, args.opt, text, state_path if keep else None, start, held, occupied)
+    if opt['rank'] == 0:
+        sources.begin(root, made_from, keep)
+    processes.share(None, opt)  # the folders are there
     logger = logs.start(Path(opt['path']['log']) / f'train_{opt["name"]}_{get_time_str()}.log', bar)
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
     for note in [*notes, *changes.values()]:
@@ -212,6 +224,8 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
     progress.close()
     logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - began))}')
     save(model, -1, -1, opt)
+    if opt['rank'] == 0:
+        sources.end(opt['path']['experiments_root'])
     logger.info(f'Saved the latest model in {opt["path"]["models"]}.')
     if tb_logger:
         tb_logger.close()
@@ -275,41 +289,84 @@ def build(opt):
         raise UserError(f'{opt["model_type"]} cannot be built from these options: {reason(error)}') from error
 
 
-def make_folders(opt, opt_file, text, keep, held):
-    """The run's folders, with the option file and its resolved form; an earlier run of that name is moved aside.
+def refuse_moving(opt):
+    """An earlier run of this name will be moved aside: not with what this one reads in it.
+
+    Raises:
+        UserError: a file or a folder that the options name lies there.
+    """
+    for folder in run_folders(opt):
+        for key, path in sources.inputs(opt) if folder.is_dir() else ():
+            if folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise UserError(
+                    f'{key} = {path} lies in {folder}, which this run would move aside to begin anew: '
+                    'give it another name, or continue the one that is there with --auto_resume'
+                )
+
+
+def run_folders(opt):
+    """What a run writes to, and what is moved aside together."""
+    return [Path(opt['path']['experiments_root']), Path(opt['root_path']) / 'tb_logger' / opt['name']]
+
+
+def make_folders(opt, opt_file, text, state_path, start, held, occupied):
+    """The run's folders, with the option file and its resolved form.
+
+    Args:
+        state_path: of the run's own, from which it goes on: later checkpoints are moved aside. None: it begins, and an
+            earlier run of that name is moved aside.
+        start: iteration of the state.
+        occupied: ``held`` keeps other trainings from the folder that is there.
 
     Raises:
         UserError: no room, no right, or another training under way in this folder.
     """
-    if opt['rank'] == 0:
-        root = Path(opt['path']['experiments_root'])
-        try:
-            if root.exists() and not keep:
-                with contextlib.ExitStack() as briefly:  # Windows moves no folder with an open file in it
-                    occupy(root, briefly)
-            for folder in [root, Path(opt['root_path']) / 'tb_logger' / opt['name']]:
-                if folder.exists() and not keep:
-                    name = f'{folder.name}_archived_{get_time_str()}'
-                    names = itertools.chain([name], (f'{name}_{number}' for number in itertools.count(2)))
-                    archived = next(path for path in map(folder.with_name, names) if not path.exists())
+    if opt['rank'] > 0:
+        return
+    root, logger, now = Path(opt['path']['experiments_root']), logs.logging.getLogger('basicsr'), get_time_str()
+    try:
+        written = Path(opt_file).read_bytes()  # it may lie in the folder that is moved
+        if state_path is None:
+            if root.exists() and not occupied:
+                occupy(root, held)
+            if os.name == 'nt':
+                held.close()  # Windows moves no folder with an open file in it
+            for folder in run_folders(opt):
+                if folder.exists():
+                    archived = unused(folder.with_name(f'{folder.name}_archived_{now}'))
                     folder.rename(archived)
-                    logs.logging.getLogger('basicsr').info(f'{folder} exists: moved to {archived.name}')
-            for key in ('experiments_root', 'models', 'training_states', 'log', 'visualization'):
-                Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
+                    logger.info(f'{folder} exists: moved to {archived.name}')
+        for key in ('experiments_root', 'models', 'training_states', 'log', 'visualization'):
+            Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
+        if state_path is None:
             occupy(root, held)
-            with contextlib.suppress(shutil.SameFileError):  # a run continued from its own resolved.yml
-                shutil.copy(opt_file, root)
-            (root / 'resolved.yml').write_text(text, encoding='utf-8')
-            checkpoint.sweep(opt)
-        except OSError as error:
-            raise UserError(f'cannot write the run to {root}: {error}') from error
-    if opt['dist']:
-        torch.distributed.barrier()
+        else:
+            aside = unused(root / f'set_aside_{now}')
+            names = checkpoint.set_aside(opt, state_path, start, aside)
+            if names:
+                logger.info(f'The run goes on from {state_path}: {", ".join(names)} moved to {aside}')
+                if (root / 'metrics.jsonl').is_file():
+                    shutil.copy2(root / 'metrics.jsonl', aside)
+        (root / Path(opt_file).name).write_bytes(written)
+        (root / 'resolved.yml').write_text(text, encoding='utf-8')
+        checkpoint.sweep(opt)
+    except OSError as error:
+        raise UserError(f'cannot write the run to {root}: {error}') from error
+
+
+def unused(path):
+    """A path that is not there, with a number at its end where it must be."""
+    names = itertools.chain([path.name], (f'{path.name}_{number}' for number in itertools.count(2)))
+    return next(path for path in map(path.with_name, names) if not path.exists())
 
 
 def occupy(root, held):
     """Keep a run's folder from other trainings until the stack ``held`` closes."""
-    if not held.enter_context(locks.sole_writer(root)):
+    try:
+        alone = held.enter_context(locks.sole_writer(root))
+    except OSError as error:
+        raise UserError(f'cannot write the run to {root}: {error}') from error
+    if not alone:
         raise UserError(
             f'another training is writing to {root}: wait for its end, stop it, or give this one another name'
         )

@@ -336,7 +336,115 @@ def test_damaged_checkpoints_are_not_those_that_are_kept(opt):
     (folder / '4.state').rename(folder / '8.state')  # a later one, damaged
     (folder / '8.state').write_bytes(b'')
     assert train.main(['-opt', write(opt), '--auto_resume']) == 0
-    assert sorted(file.name for file in folder.iterdir()) == ['4.state', '8.state']
+    assert sorted(file.name for file in folder.iterdir()) == ['4.state']
+    assert [file.name for file in Path('experiments/run').glob('set_aside_*/training_states/*')] == ['8.state']
+
+
+def killed_at(opt, monkeypatch, iteration, *arguments):
+    """A training that is killed in this iteration."""
+    original = DCKDModel.optimize_parameters
+
+    def optimize_parameters(self, current_iter):
+        if current_iter == iteration:
+            raise Killed
+        original(self, current_iter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DCKDModel, 'optimize_parameters', optimize_parameters)
+        with pytest.raises(Killed):
+            train.main(['-opt', write(opt), *arguments])
+
+
+def names_in(folder):
+    return sorted(file.name for file in Path(folder).iterdir())
+
+
+def test_what_a_rollback_leaves_is_not_continued(opt, monkeypatch, capfd):
+    """Back to iteration 2, killed at 4: the next start goes on from 2, not from the 6 of before."""
+    opt['logger']['save_checkpoint_freq'] = 2
+    assert train.main(['-opt', write(opt)]) == 0
+    before, metrics = content('run', 6), Path('experiments/run/metrics.jsonl').read_text()
+    rolled = {**opt, 'path': {**opt['path'], 'resume_state': 'experiments/run/training_states/2.state'}}
+    rolled['train'] = {**opt['train'], 'num_neg': 1}
+    capfd.readouterr()
+    killed_at(rolled, monkeypatch, 4)
+    assert re.search(r'2.state: 4.state, 6.state moved to .*set_aside_', ''.join(capfd.readouterr()))
+    assert names_in('experiments/run/training_states') == ['2.state']
+    assert names_in('experiments/run/models') == ['net_g_2.pth']  # no net_g_latest, which is the sign of the end
+    assert train.main(['-opt', write({**rolled, 'path': opt['path']}), '--auto_resume']) == 0
+    printed = ''.join(capfd.readouterr())
+    assert re.search('Resuming from .*run.training_states.2.state, iteration 2', printed)
+    # What was left is whole, and can be gone back to.
+    (aside,) = Path('experiments/run').glob('set_aside_*')
+    assert names_in(aside / 'training_states') == ['4.state', '6.state']
+    assert names_in(aside / 'models') == ['net_g_4.pth', 'net_g_6.pth', 'net_g_latest.pth']
+    assert (aside / 'metrics.jsonl').read_text() == metrics
+    opt['path']['resume_state'] = str(aside / 'training_states/6.state')
+    opt['train']['total_iter'] = 8
+    killed_at(opt, monkeypatch, 8)
+    assert names_in('experiments/run/training_states') == []  # 4 and 6 of the other branch
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+    assert re.search('Resuming from .*set_aside_.*6.state, iteration 6', ''.join(capfd.readouterr()))
+    state = torch.load(aside / 'training_states/6.state', weights_only=True)
+    assert differences(state['optimizers'], before['state']['optimizers']) == []
+
+
+def test_a_rollback_that_is_cut_off_has_happened_or_not(opt, monkeypatch):
+    """Whichever rename is the last: a later start goes on from the newest of before, or from the chosen one."""
+    opt['logger']['save_checkpoint_freq'] = 2
+    assert train.main(['-opt', write(opt)]) == 0
+    chosen = {**opt, 'path': {**opt['path'], 'resume_state': 'experiments/run/training_states/2.state'}}
+    shutil.copytree('experiments', 'kept')
+    rename, seen = Path.rename, set()
+    for last in range(6):
+        shutil.rmtree('experiments')
+        shutil.copytree('kept', 'experiments')
+        left = [last]
+
+        def cut(self, target, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, 'rename', cut)
+            try:
+                train.main(['-opt', write({**chosen, 'train': {**opt['train'], 'total_iter': 3}})])
+            except Killed:
+                folder = Path('experiments/run')
+                paths = {'training_states': folder / 'training_states', 'models': folder / 'models'}
+                state, _ = checkpoint.find_state({**opt, 'auto_resume': True, 'path': paths})
+                seen.add(state['iter'])
+    assert seen == {2, 6}
+
+
+def test_auto_resume_of_an_empty_folder_starts_from_the_state_that_is_named(opt, monkeypatch, capfd):
+    opt['logger']['save_checkpoint_freq'], opt['train']['total_iter'] = 2, 2
+    assert train.main(['-opt', write(opt)]) == 0
+    opt['name'], opt['train']['total_iter'] = 'next', 5
+    opt['path']['resume_state'] = 'experiments/run/training_states/2.state'
+    killed_at(opt, monkeypatch, 3, '--auto_resume')
+    printed = ''.join(capfd.readouterr())
+    assert 'finds no checkpoint in' in printed and 'the run starts from path.resume_state' in printed
+    assert re.search('Resuming from .*run.training_states.2.state, iteration 2', printed)
+    killed_at(opt, monkeypatch, 5, '--auto_resume')  # again, because nothing was saved
+    assert 'the run starts from path.resume_state' in ''.join(capfd.readouterr())
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+    printed = ''.join(capfd.readouterr())
+    assert re.search('Resuming from .*next.training_states.4.state, iteration 4', printed)
+    assert 'resume_state = experiments/run/training_states/2.state is for a run without one' in printed
+
+
+def test_a_state_of_another_run_moves_what_is_there_aside(opt, monkeypatch):
+    """Or its states would be taken for those of the run that begins."""
+    opt['logger']['save_checkpoint_freq'], opt['train']['total_iter'] = 2, 2
+    for opt['name'] in ('run', 'next'):
+        assert train.main(['-opt', write(opt)]) == 0
+    opt['path']['resume_state'], opt['train']['total_iter'] = 'experiments/run/training_states/2.state', 4
+    killed_at(opt, monkeypatch, 3)
+    assert names_in('experiments/next/training_states') == []
+    assert len(list(Path('experiments').glob('next_archived_*/training_states/2.state'))) == 1
 
 
 def test_safetensors_hold_the_same(opt, monkeypatch):

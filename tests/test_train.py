@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,46 @@ def test_two_trainings_do_not_share_a_folder(opt, arguments, capsys, monkeypatch
         (folder / '.lock').unlink()
         assert sorted(Path('experiments').rglob('*')) == before  # nothing was moved or written
     assert train.main(['-opt', write(opt), *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    'key, put',
+    [
+        ('path.pretrain_network_g', lambda opt: opt['path'].update(pretrain_network_g='experiments/run/models/w.pth')),
+        ('path.pretrain_network_t', lambda opt: opt['path'].update(pretrain_network_t='link/models/w.pth')),
+        (
+            'datasets.val_1.dataroot_gt',
+            lambda opt: opt['datasets']['val_1'].update(dataroot_gt='experiments/run/HR'),
+        ),
+    ],
+)
+def test_a_run_does_not_move_aside_what_it_reads(opt, key, put, capsys):
+    opt['train']['total_iter'] = 1
+    assert train.main(['-opt', write(opt)]) == 0
+    Path('link').symlink_to('experiments/run')
+    shutil.copytree('HR', 'experiments/run/HR')
+    shutil.copy(
+        'teacher.pth' if key.endswith('_t') else 'experiments/run/models/net_g_1.pth', 'experiments/run/models/w.pth'
+    )
+    put(opt)
+    before = sorted(Path('experiments').rglob('*'))
+    capsys.readouterr()
+    assert train.main(['-opt', write(opt)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {key} = ') and 'which this run would move aside' in error
+    assert sorted(Path('experiments').rglob('*')) == before
+    opt['train']['total_iter'] = 2
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0  # nothing moves
+
+
+def test_a_run_is_repeated_from_its_own_option_file(opt):
+    """Which lies in the folder that is moved aside."""
+    opt['train']['total_iter'] = 1
+    assert train.main(['-opt', write(opt)]) == 0
+    text = Path('experiments/run/resolved.yml').read_text()
+    assert train.main(['-opt', 'experiments/run/resolved.yml']) == 0
+    assert Path('experiments/run/resolved.yml').read_text() == text
+    assert same(weights('run', 1), torch.load(next(Path('experiments').glob('run_archived_*/models/net_g_1.pth'))))
 
 
 def test_first_look_stops_a_teacher_below_bicubic(opt, capsys):

@@ -94,34 +94,43 @@ class Record:
                 # The last line is incomplete after a power cut.
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
-                    self.entries[entry['job']] = entry['stamp'], entry['files']
+                    self.entries[entry['job']] = entry['stamp'], _sizes(entry['files'])
 
     def _path(self):
         return os.path.join(self.folder, self.NAME)
 
     def is_done(self, job: str, stamp: list[Any]) -> bool:
-        """Whether the job was done with the same stamp (source file, settings), and its files are still there."""
-        if job not in self.entries:
-            return False
-        known, files = self.entries[job]
-        return known == stamp and all(os.path.isfile(os.path.join(self.folder, name)) for name in files)
+        """Whether the job was done with the same stamp (source file, settings), and its files are as it left them."""
+        known, files = self.entries.get(job, (None, {}))
+        return bool(files) and known == stamp and len(self.files(job)) == len(files)
 
     def files(self, job: str) -> set[str]:
-        """The files that the job made earlier and that are still there; they may be replaced."""
-        _, names = self.entries.get(job, (None, ()))
-        paths = {os.path.normpath(os.path.join(self.folder, name)) for name in names}
-        return {path for path in paths if os.path.isfile(path)}
+        """The files that the job made earlier and that are as it left them; they may be replaced."""
+        _, sizes = self.entries.get(job, (None, {}))
+        paths = {os.path.normpath(os.path.join(self.folder, name)): size for name, size in sizes.items()}
+        return {path for path, size in paths.items() if size in (_size(path), _UNKNOWN) and os.path.isfile(path)}
 
     def add(self, job: str, stamp: list[Any], files: Iterable[str]) -> None:
         """Note that a job is done; ``files`` are paths of its outputs."""
-        names = [os.path.relpath(path, self.folder) for path in files]
-        self.entries[job] = stamp, names
+        sizes = {os.path.relpath(path, self.folder): _size(path) for path in files}
+        self.entries[job] = stamp, sizes
         try:
             with open(self._path(), 'a', encoding='utf-8') as file:
                 # A line of its own even after one that a power cut left incomplete.
-                file.write('\n' + json.dumps({'job': job, 'stamp': stamp, 'files': names}))
+                file.write('\n' + json.dumps({'job': job, 'stamp': stamp, 'files': sizes}))
         except OSError as error:
             raise CannotWrite(f'cannot write {self._path()}: {error.strerror}') from error
+
+
+_UNKNOWN = -1  # size of a file in the records of earlier versions
+
+
+def _sizes(files):
+    return files if isinstance(files, dict) else dict.fromkeys(files, _UNKNOWN)
+
+
+def _size(path):
+    return os.path.getsize(path) if os.path.isfile(path) else None
 
 
 def stamp(path: str, *settings: Any) -> list[Any]:

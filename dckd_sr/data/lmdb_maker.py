@@ -15,6 +15,7 @@ from typing import Any
 
 import lmdb
 
+from dckd_sr import locks
 from dckd_sr.data.files import lmdb_keys
 from dckd_sr.errors import UserError
 
@@ -74,19 +75,19 @@ def write(
     parent, name = os.path.split(os.path.abspath(folder))
     temporary = os.path.join(parent, f'.{name}.tmp')
     try:
-        os.makedirs(parent, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            lines = _fill(temporary, images)
-            if problems:
-                return 0
-            with open(os.path.join(temporary, 'meta_info.txt'), 'w', encoding='utf-8') as file:
-                file.writelines(f'{key}.png ({h},{w},{c}) {level}\n' for key, (h, w, c) in sorted(lines.items()))
-            with open(_stamps(temporary), 'w', encoding='utf-8') as file:
-                json.dump(stamps, file)
-            os.rename(temporary, folder)
-        finally:
+        with locks.preparing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                lines = _fill(temporary, images)
+                if problems:
+                    return 0
+                with open(os.path.join(temporary, 'meta_info.txt'), 'w', encoding='utf-8') as file:
+                    file.writelines(f'{key}.png ({h},{w},{c}) {level}\n' for key, (h, w, c) in sorted(lines.items()))
+                with open(_stamps(temporary), 'w', encoding='utf-8') as file:
+                    json.dump(stamps, file)
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, lmdb.Error) as error:
         raise UserError(f'cannot write {folder}: {error}') from error
     return len(lines)

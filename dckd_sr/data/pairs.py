@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from dckd_sr import locks
 from dckd_sr.data import jobs
 from dckd_sr.data.files import lmdb_keys, read_bytes, read_lmdb
 from dckd_sr.data.preparing import Result, belongs, decoded, refuse_inside, size_text, stems_of, unfit_text
@@ -33,7 +34,8 @@ def make_pairs(args):
     repeated = len(todo) - len({path for _, path, _ in todo})
     if repeated:
         raise UserError(f'{args.source}: {repeated} files would get a name that another one has')
-    result.problems += [problem for problem in jobs.run(_place, todo, args.workers, args.command) if problem]
+    with locks.preparing(args.out):
+        result.problems += [problem for problem in jobs.run(_place, todo, args.workers, args.command) if problem]
     result.problems.sort()
     listed = ', '.join(f'{target} {count} pairs' for target, count in counts.items())
     result.summary = f'{args.out}: {listed}{unfit_text(result)}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dckd_sr import locks
 from dckd_sr.data import jobs
 from dckd_sr.data.files import decode_stored, image_names, is_cmyk, read_bytes
 from dckd_sr.errors import UserError
@@ -96,15 +98,16 @@ def run_jobs(
     result, open_jobs = Result(), [job for job in todo if not record.is_done(job.key, stamps[job.key])]
     before = {job.key: record.files(job.key) for job in open_jobs}
     work = [(function, job, before[job.key]) for job in open_jobs]
-    for key, outcome in jobs.run(_one, work, args.workers, args.command):
-        if outcome.problem:
-            result.problems.append(outcome.problem)
-        else:
-            for path in before[key] - {os.path.normpath(path) for path in outcome.files}:
-                os.unlink(path)  # of a source that had more crops when it was larger
-            record.add(key, stamps[key], outcome.files)
-        if outcome.alpha:
-            result.alpha.append(outcome.alpha)
+    with locks.preparing(record.folder) if work else contextlib.nullcontext():
+        for key, outcome in jobs.run(_one, work, args.workers, args.command):
+            if outcome.problem:
+                result.problems.append(outcome.problem)
+            else:
+                for path in before[key] - {os.path.normpath(path) for path in outcome.files}:
+                    os.unlink(path)  # of a source that had more crops when it was larger
+                record.add(key, stamps[key], outcome.files)
+            if outcome.alpha:
+                result.alpha.append(outcome.alpha)
     result.problems.sort()
     return result, len(todo) - len(open_jobs)
 

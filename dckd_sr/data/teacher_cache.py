@@ -23,7 +23,7 @@ from basicsr.data import build_dataset
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dckd_sr import checkpoint
+from dckd_sr import checkpoint, locks
 from dckd_sr.data import lmdb_maker
 from dckd_sr.data.files import view_lmdb
 from dckd_sr.data.preparing import Result, refuse_inside
@@ -230,16 +230,17 @@ def write(folder, expected, dataset, run):
     temporary = os.path.join(parent, f'.{name}.tmp')
     record = os.path.join(temporary, _RECORD)
     try:
-        before = None
-        with contextlib.suppress(OSError, ValueError), open(record, encoding='utf-8') as file:
-            before = json.load(file)
-        if before is None or difference(before, expected):
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-            with open(record, 'w', encoding='utf-8') as file:
-                json.dump(expected, file, default=str)
-        _fill(temporary, expected['format'], dataset, run)
-        os.rename(temporary, folder)
+        with locks.preparing(folder):
+            before = None
+            with contextlib.suppress(OSError, ValueError), open(record, encoding='utf-8') as file:
+                before = json.load(file)
+            if before is None or difference(before, expected):
+                shutil.rmtree(temporary, ignore_errors=True)
+                os.makedirs(temporary)
+                with open(record, 'w', encoding='utf-8') as file:
+                    json.dump(expected, file, default=str)
+            _fill(temporary, expected['format'], dataset, run)
+            os.rename(temporary, folder)
     except (OSError, lmdb.Error) as error:
         raise UserError(f'cannot write {folder}: {getattr(error, "strerror", None) or error}') from error
 

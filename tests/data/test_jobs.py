@@ -92,6 +92,9 @@ def test_record_survives_a_power_cut(tmp_path):
     assert not record.is_done('c', stamp)
     record.add('d', stamp, ['out/a'])
     assert jobs.Record('out').is_done('d', stamp)
+    Path('out/a').write_text('another')
+    assert not record.is_done('a', stamp) and record.files('a') == set(), 'somebody else wrote it: it is not replaced'
+    Path('out/a').write_text('made')
     assert not record.is_done('a', jobs.stamp('source', 2))
     os.utime('source', ns=(1, 1))
     assert not record.is_done('a', jobs.stamp('source', 4))
