@@ -58,6 +58,18 @@ def one_line(text):
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory was asked for and not there, on a GPU or not."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    text = str(error)
+    return bool(names & {'MemoryError', 'OutOfMemoryError'}) or any(part in text for part in _NO_MEMORY)
+
+
+# Of torch's allocators on CPUs (Linux, Windows), C++, oneDNN, OpenCV, CUDA and its libraries.
+_NO_MEMORY = ("can't allocate memory", 'not enough memory', 'bad_alloc', 'could not create a memory object')
+_NO_MEMORY += ('Insufficient memory', 'out of memory', '_ALLOC_FAILED')
+
+
 def reason(error):
     """An exception of another library in one line."""
     if isinstance(error, KeyError) and error.args:

@@ -25,12 +25,14 @@ from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from tqdm import tqdm
 
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.ops.resize import imresize
 
+_SHOWN = 3  # images that a note names
 MOST_THREADS = 8  # that score images beside the network
 SSIM_WINDOW = 11  # side of the Gaussian window in BasicSR's calculate_ssim
+NIQE_BLOCK = 96  # side of the blocks that BasicSR's calculate_niqe compares; it needs two
 
 
 class NotMeasuredError(UserError):
@@ -50,11 +52,17 @@ class Result:
         means: metric -> mean over the images that have a finite value; inf where every image equals its ground truth.
             Metrics without any value are absent.
         notes: what a reader of the means must know: images left out of them and why.
+        left_out: metric -> why it has no value, a line an image.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def measured(self, metric: str) -> int:
+        """On how many images a metric was measured."""
+        return sum(row.get(metric) is not None for row in self.rows)
 
 
 class Bicubic:
@@ -99,14 +107,11 @@ def score(
         name -> float; PSNR of equal images is inf.
 
     Raises:
-        NotMeasuredError: nothing is left inside the border, or less than SSIM's window, where BasicSR returns nan; or
-            NIQE fails.
-        UserError: sizes that differ, an unknown metric or a wrong argument of one.
+        NotMeasuredError: too little is left inside the border, or the metric fails, whatever its reason.
+        UserError: sizes that differ, or an unknown metric.
     """
     if gt is not None and sr.shape != gt.shape:
-        raise UserError(
-            f'{image}: the output is {_size(sr)}, its ground truth {_size(gt)}; check scale and the pairing'
-        )
+        raise UserError(_other_size(image, sr, gt))
     values = {}
     for name, metric_opt in metrics.items():
         kind = metric_opt.get('type')
@@ -116,20 +121,27 @@ def score(
         if gt is None and _needs_gt(METRIC_REGISTRY.get(kind)):
             continue
         border = metric_opt.get('crop_border', 0)
-        side = min(sr.shape[:2]) - 2 * border
-        least = SSIM_WINDOW if 'ssim' in kind else 1
-        if side < least:
+        needed = _lacks_pixels(kind, [side - 2 * border for side in sr.shape[:2]])
+        if needed:
             raise TooSmallError(
-                f'{image} ({_size(sr)}) is too small for {name}: it needs {least} px a side inside crop_border {border}'
+                f'{image} ({_size(sr)}) is too small for {name}: it needs {needed} inside crop_border {border}'
             )
         data = {'img': sr} if gt is None else {'img': sr, 'img2': gt}
         try:
             values[name] = float(calculate_metric(data, metric_opt))
-        except np.linalg.LinAlgError as error:  # NIQE of an image that is still noise
-            raise NotMeasuredError(f'{image}: {name} has no value: {error}') from error
-        except (TypeError, ValueError, AssertionError) as error:
-            raise UserError(f'val.metrics.{name} ({kind}) fails on {image}: {error}') from error
+        except Exception as error:  # such as NIQE's of an image that is still noise, or a network's that wants more
+            raise NotMeasuredError(f'val.metrics.{name} ({kind}) fails on {image}: {reason(error)}') from error
+        if math.isnan(values[name]):
+            raise NotMeasuredError(f'val.metrics.{name} ({kind}) gives no number for {image}')
     return values
+
+
+def _lacks_pixels(kind, sides):
+    """What one of BasicSR's metrics needs more than an image has inside the border, in words, or None."""
+    if 'niqe' in kind:
+        return 'two blocks of 96x96 px' if math.prod(max(0, side) // NIQE_BLOCK for side in sides) < 2 else None
+    least = SSIM_WINDOW if 'ssim' in kind else 1
+    return f'{least} px a side' if min(sides) < least else None
 
 
 def evaluate(
@@ -213,6 +225,8 @@ def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
     def path_of(image):
         folder = Path(path['visualization'])
         if model.opt['is_train']:
+            # Two sets may have images of one name.
+            folder = folder / name if _count_val_sets(model.opt) > 1 else folder
             return folder / image / f'{image}_{current_iter}.png'
         return folder / name / f'{image}_{val.get("suffix") or model.opt["name"]}.png'
 
@@ -235,25 +249,31 @@ def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
 
 def _run(restore, loader, metrics, path_of, progress) -> Result:
     """Metrics and files of an image are made in threads, while a GPU has the next ones."""
-    result, used, waiting = Result(), set(), deque()
+    result, names, waiting = Result(), _Names(loader), deque()
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads)
 
     def collect():
         image, seconds, job = waiting.popleft()
-        values, notes = job.result()
-        result.notes += notes
+        values, left_out = job.result()
+        for metric, why in left_out.items():
+            result.left_out.setdefault(metric, []).append(why)
         result.rows.append({'image': image, **values, 'seconds': seconds})
 
     try:
         bar = tqdm(loader, disable=None if progress else True, unit='image', leave=False, dynamic_ncols=True)
-        for batch in bar:
-            image = _unique(os.path.splitext(os.path.basename(batch['lq_path'][0]))[0], used)
+        for number, batch in enumerate(bar):
+            image = names.of(number, batch['lq_path'][0])
             try:
                 output, seconds = restore(batch)
-            except torch.cuda.OutOfMemoryError as error:
+            except Exception as error:
+                if isinstance(error, UserError) or not out_of_memory(error):
+                    raise
+                height, width = batch['lq'].shape[-2:]
+                where = 'GPU ' if isinstance(error, torch.cuda.OutOfMemoryError) else ''
                 raise UserError(
-                    f'{image}: not enough GPU memory; set val.tile_size, such as 256, or lower it'
+                    f'{batch["lq_path"][0]} ({width}x{height}): not enough {where}memory; set val.tile_size, such as '
+                    '256, or lower it'
                 ) from error
             # The sum tells at once, unless finite values are too large for it.
             if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):
@@ -261,9 +281,13 @@ def _run(restore, loader, metrics, path_of, progress) -> Result:
                     f'{image}: the output holds nan or infinite values; these weights are broken or not of this network'
                 )
             gt = tensor2bgr(batch['gt']) if 'gt' in batch else None
+            sr = tensor2bgr(output)
+            if gt is not None and sr.shape != gt.shape:
+                files = ', '.join(str(batch[key][0]) for key in ('lq_path', 'gt_path') if key in batch)
+                raise UserError(f'{_other_size(image, sr, gt)} ({files})')
             path = path_of(image) if path_of is not None else None
             submit = pool.submit if _in_threads(metrics, output.device) else _at_once
-            waiting.append((image, seconds, submit(_finish, tensor2bgr(output), gt, metrics, image, path)))
+            waiting.append((image, seconds, submit(_finish, sr, gt, metrics, image, path)))
             while len(waiting) > threads:  # no more images than that are held in memory
                 collect()
         while waiting:
@@ -277,18 +301,19 @@ def _finish(sr, gt, metrics, image, path):
     """Score and save one image.
 
     Returns:
-        metric -> value, notes.
+        metric -> value, metric -> why it has none.
     """
-    values, notes = {}, []
+    values, left_out = {}, {}
     for name, metric_opt in metrics.items():
         try:
             values[name] = score(sr, gt, {name: metric_opt}, image).get(name)
+            if values[name] is None:
+                left_out[name] = f'{image} has no ground truth'
         except NotMeasuredError as error:
-            notes.append(f'{error}; left out of the mean')
-            values[name] = None
+            values[name], left_out[name] = None, str(error)
     if path is not None:
         write_image(path, sr)
-    return values, notes
+    return values, left_out
 
 
 def _in_threads(metrics, device):
@@ -309,7 +334,11 @@ def _gathered(result) -> Result:
     parts = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, result)
     rows = [row for group in itertools.zip_longest(*(part.rows for part in parts)) for row in group if row is not None]
-    return Result(rows=rows, notes=[note for part in parts for note in part.notes])
+    whole = Result(rows=rows)
+    for part in parts:
+        for metric, lines in part.left_out.items():
+            whole.left_out.setdefault(metric, []).extend(lines)
+    return whole
 
 
 def _averaged(result, metrics) -> Result:
@@ -318,9 +347,12 @@ def _averaged(result, metrics) -> Result:
     for name in metrics:
         values = [row[name] for row in result.rows if row[name] is not None]
         finite = [value for value in values if math.isfinite(value)]
-        if not values:
-            result.notes.append(f'{name} was not measured on any image')
-        else:
+        count, lines = result.measured(name), result.left_out.get(name, [])
+        if lines:
+            shown = '; '.join(lines[:_SHOWN]) + (f'; and {len(lines) - _SHOWN} more' if len(lines) > _SHOWN else '')
+            of = f'was measured on {count} of {len(result.rows)} images' if count else 'was not measured on any image'
+            result.notes.append(f'{name} {of}: {shown}')
+        if values:
             result.means[name] = float(np.mean(finite)) if finite else values[0]
         equal = [row['image'] for row in result.rows if row[name] == math.inf]
         if equal:
@@ -335,8 +367,47 @@ def _needs_gt(function):
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
+def _other_size(image, sr, gt):
+    return f'{image}: the output is {_size(sr)}, its ground truth {_size(gt)}; check scale and the pairing'
+
+
 def _size(image):
     return f'{image.shape[1]}x{image.shape[0]}' + (f'x{image.shape[2]}' if image.ndim == 3 else '')
+
+
+class _Names:
+    """Names of a set's images, by which they are listed and saved: all of them differ, on whichever rank they are.
+
+    Args:
+        loader: of several processes, each has every so-many-th image of the set.
+    """
+
+    def __init__(self, loader):
+        order = getattr(loader, 'sampler', None)
+        self.order = order if isinstance(order, range) and order.step > 1 else None
+        self.used, self.stems, self.known = set(), [], []
+        paths = getattr(getattr(loader, 'dataset', None), 'paths', None) if self.order else None
+        for path in paths if isinstance(paths, (list, tuple)) else ():
+            self.stems.append(self.stem(path.get('lq_path', '') if isinstance(path, dict) else path))
+            self.known.append(_unique(self.stems[-1], self.used))
+
+    @staticmethod
+    def stem(path):
+        return os.path.splitext(os.path.basename(str(path)))[0]
+
+    def of(self, number, path):
+        """The name of image ``number`` of this loader, from the path that came with it."""
+        stem = self.stem(path)
+        if self.order is None:
+            return _unique(stem, self.used)
+        index = self.order[number]
+        if index < len(self.stems) and self.stems[index] == stem:
+            return self.known[index]
+        return f'{stem}_{index}'  # a dataset that does not say what the other processes have
+
+
+def _count_val_sets(opt):
+    return sum(key.split('_')[0] in ('val', 'test') for key in opt.get('datasets') or {})
 
 
 def _unique(name, used):
@@ -452,7 +523,12 @@ def write_results(
         'about': list(about),
         'results': {
             network: {
-                name: {'means': _json(r.means), 'notes': r.notes, 'images': [_json(row) for row in r.rows]}
+                name: {
+                    'means': _json(r.means),
+                    'measured': {metric: r.measured(metric) for set_name, metric in columns if set_name == name},
+                    'notes': r.notes,
+                    'images': [_json(row) for row in r.rows],
+                }
                 for name, r in sets.items()
             }
             for network, sets in results.items()

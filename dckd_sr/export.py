@@ -15,6 +15,7 @@ import io
 import itertools
 import logging
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from safetensors.torch import save as to_safetensors
 
 from dckd_sr import checkpoint, pictures
 from dckd_sr.archs import spandrel_arch
+from dckd_sr.data import pair_sizes
 from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import score, tensor2bgr
 from dckd_sr.exportable import Exportable
@@ -105,6 +107,10 @@ def run(args: argparse.Namespace) -> Path:
     model = load(args.checkpoint, args.opt, args.network, args.param_key)
     if not isinstance(model.run, torch.nn.Module):
         raise UserError(f'{args.checkpoint} is an exported file; expected a checkpoint')
+    for lq, low, gt, high in pairs:
+        problem = pair_sizes.misfit(gt, high.shape, lq, low.shape, model.scale)
+        if problem:
+            raise UserError(f'--test: {problem}')
     model.arch = describe_arch(args.checkpoint, model.arch, args.param_key)
     precision = 'float16' if args.half else 'int8' if args.int8 else 'float32'
     print(f'network     {model.about}, {sum(p.numel() for p in model.run.parameters()):,} parameters')
@@ -359,10 +365,13 @@ def _cost(model, exported, pairs, precision):
     """Print mean PSNR against the ground truth, of torch's float32 and of the exported network."""
     metric = {'psnr': {'type': 'calculate_psnr', 'crop_border': model.scale, 'test_y_channel': True}}
     sums = np.zeros(2)
-    for name, lq, gt in pairs:
+    for name, lq, _, gt in pairs:
         lq, gt = _channels(lq, model.channels), tensor2bgr(_channels(gt, model.channels))
         outs = [infer(net, lq, model.scale) for net in (model.run, exported)]
-        sums += [score(tensor2bgr(out), gt[: out.shape[2], : out.shape[3]], metric, name)['psnr'] for out in outs]
+        sums += [
+            score(tensor2bgr(out), gt[: out.shape[2], : out.shape[3]], metric, os.path.basename(name))['psnr']
+            for out in outs
+        ]
     full, ours = sums / len(pairs)
     print(
         f'PSNR        {len(pairs)} pairs, Y, border {model.scale}: torch float32 {full:.3f} dB, '
@@ -382,14 +391,14 @@ def _calibration(folder):
 
 
 def _pairs(lq_folder, gt_folder):
-    """(name, LQ, GT) of images whose names agree, but for an ending such as x4 of the LQ's."""
+    """(path, LQ, path, GT) of images whose names agree, but for an ending such as x4 of the LQ's."""
     gts, pairs = {path.stem: path for path in pictures.list_folder(gt_folder)}, []
     for path in pictures.list_folder(lq_folder):
         stem = path.stem
         gt = gts.get(stem) or gts.get(stem.rpartition('x')[0] if stem.rpartition('x')[2].isdigit() else stem)
         if gt is None:
             raise UserError(f'--test: no image in {gt_folder} for {path}')
-        pairs.append((path.name, pictures.read(path).pixels, pictures.read(gt).pixels))
+        pairs.append((str(path), pictures.read(path).pixels, str(gt), pictures.read(gt).pixels))
     return pairs
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dckd_sr import checkpoint, pictures
-from dckd_sr.errors import UserError, entry_point, reason
+from dckd_sr.errors import UserError, entry_point, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.model_files import Model, load
 from dckd_sr.ops.resize import imresize
@@ -184,12 +184,15 @@ def _one(image, target, model, args, speed, label):
         notes.append(f'in tiles of {tile}')
     try:
         result = restore(picture, model, tile, args.overlap, speed, label)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f'{image}: not enough memory; lower --tile ({tile or "none"} now)') from error
     except UserError as error:
         raise UserError(f'{image}: {error}') from error
-    except RuntimeError as error:
-        raise UserError(f'{image}: {reason(error)}') from error
+    except Exception as error:
+        if out_of_memory(error):
+            how = f'lower --tile ({tile} now)' if tile else 'set --tile, such as 256'
+            raise UserError(f'{image}: not enough memory; {how}') from error
+        if isinstance(error, RuntimeError):
+            raise UserError(f'{image}: {reason(error)}') from error
+        raise
     checkpoint.write(pictures.encode(result, target.suffix.lower()), target)
     said = f' ({"; ".join(notes)})' if notes else ''
     size = f'{width}x{height} -> {result.pixels.shape[1]}x{result.pixels.shape[0]}'

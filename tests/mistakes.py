@@ -6,6 +6,7 @@ An entry is what --force_yml takes, or a function that changes a `Run` in whose 
 import importlib
 import os
 import pickle
+import shutil
 import socket
 import struct
 import zlib
@@ -68,6 +69,12 @@ class Run:
         """Training and validation images are read by another dataset class."""
         for block in self.opt['datasets'].values():
             block.update(type=kind, **options)
+
+    def validates_apart(self):
+        """Validation has copies of the images as they are now: what happens to others is training's affair."""
+        for key, folder in (('dataroot_gt', 'HR'), ('dataroot_lq', 'LR')):
+            shutil.copytree(folder, f'{folder}_val')
+            self.opt['datasets']['val_1'][key] = f'{folder}_val'
 
 
 MISTAKES, WORKS = {}, {}
@@ -298,7 +305,16 @@ def _(run):
 
 @mistake('LQ of another size than GT needs')
 def _(run):
+    run.validates_apart()
     save('LR/1.png', image(20, 24))
+
+
+@mistake('validation images of another scale')
+def _(run):
+    Path('LR4').mkdir()
+    for index in range(4):
+        save(f'LR4/{index}.png', image(12, 12))
+    run.opt['datasets']['val_1']['dataroot_lq'] = 'LR4'
 
 
 @mistake('an image of 1 x 1 in training')
@@ -325,6 +341,7 @@ def _(run):
 
 @mistake('a truncated JPEG')
 def _(run):
+    run.validates_apart()
     as_jpeg(run)
     cut('LR/1.jpg')
 
@@ -338,26 +355,31 @@ def _(run):
 
 @mistake('text named .png')
 def _(run):
+    run.validates_apart()
     Path('LR/1.png').write_text('no image')
 
 
 @mistake('an image file without content')
 def _(run):
+    run.validates_apart()
     Path('LR/1.png').write_bytes(b'')
 
 
 @mistake('a PNG whose header claims 100000 x 100000')
 def _(run):
+    run.validates_apart()
     Path('HR/1.png').write_bytes(png_header(100000, 100000))
 
 
 @mistake('a PNG whose header claims 20000 x 20000')
 def _(run):
+    run.validates_apart()
     Path('HR/1.png').write_bytes(png_header(20000, 20000))
 
 
 @mistake('a TIFF of floats')
 def _(run):
+    run.validates_apart()
     run.made_of('SRImageDataset')
     Path('HR/1.png').unlink()
     cv2.imwrite('HR/1.tif', np.zeros((48, 48, 3), np.float32))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from small_run import dckd_run, write
@@ -94,8 +97,15 @@ def test_two_processes_equal_one_with_twice_the_batch(opt):
     Path('record.py').write_text(RECORD)
     opt['imports'] = ['record']
     opt['train']['gradient_shares'] = {'ce_opt': 0.3}
+    # Of several processes, too, no image overwrites another of its name, nor that of another set.
+    Path('other').mkdir()
+    shutil.copy('HR/1.png', 'other/0.png')
+    Path('list.txt').write_text('HR/0.png\nother/0.png\n')
+    namesakes = {'type': 'SRImageDataset', 'dataroot_gt': '.', 'meta_info_file': 'list.txt'}
+    opt['datasets']['val_2'] = {'name': 'Namesakes', **namesakes}
+    opt['val']['save_img'] = True
     assert start(opt).wait(timeout=120) == 0, output()
-    assert [len(Path(f'validated_{rank}').read_text()) for rank in (0, 1)] == [2, 2]  # of four images
+    assert [len(Path(f'validated_{rank}').read_text()) for rank in (0, 1)] == [3, 3]  # of four and two images
     del opt['imports']
     opt['name'], opt['datasets']['train']['batch_size_per_gpu'] = 'single', 4
     assert train.main(['-opt', write(opt)]) == 0
@@ -109,6 +119,14 @@ def test_two_processes_equal_one_with_twice_the_batch(opt):
     assert all(torch.allclose(history[0][name], value, **near) for name, value in history[1].items())
     (rows, log), (expected, single_log) = losses('run'), losses('single')
     assert rows.shape == (5, 5) and torch.allclose(rows, expected, rtol=2e-4)
+    pictures = [sorted(Path(f'experiments/{run}/visualization').rglob('*.png')) for run in ('run', 'single')]
+    names = [
+        [str(path.relative_to(f'experiments/{run}')) for path in paths]
+        for run, paths in zip(('run', 'single'), pictures)
+    ]
+    assert len(names[0]) == 6 and names[0] == names[1] and 'visualization/Namesakes/0_2/0_2_5.png' in names[0]
+    for ours, theirs in zip(*pictures):
+        assert np.abs(cv2.imread(str(ours)).astype(int) - cv2.imread(str(theirs))).max() <= 1
     # Every validation image is counted once.
     psnr = [re.search(r'# psnr: (\S+)', text).group(1) for text in (log, single_log)]
     assert float(psnr[0]) == pytest.approx(float(psnr[1]), abs=1e-3)

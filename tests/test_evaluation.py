@@ -218,6 +218,104 @@ def test_means_leave_out_what_cannot_be_averaged_and_say_so():
     assert result.means == {} and result.rows[0]['psnr'] is None and len(result.notes) == 2
 
 
+def fails_on(*names, error=None):
+    """A metric without a value for images whose first pixel says so."""
+
+    def calculate_own(img, img2=None):
+        if img2[0, 0, 0] in names:
+            if error is None:
+                return math.nan
+            raise error
+        return 1.0
+
+    return calculate_own
+
+
+@pytest.mark.parametrize(
+    'error', [None, RuntimeError('min(): Expected'), ValueError('x'), np.linalg.LinAlgError('SVD'), MemoryError()]
+)
+def test_a_metric_that_fails_on_an_image_is_left_out_and_counted(monkeypatch, tmp_path, error):
+    gts = [image(32, 32, seed) for seed in range(5)]
+    for seed, gt in enumerate(gts):
+        gt[0, 0] = 10 * seed
+    monkeypatch.setitem(evaluation.METRIC_REGISTRY._obj_map, 'calculate_own', fails_on(10, 30, error=error))
+    metrics = {'own': {'type': 'calculate_own'}, 'psnr': PSNR}
+    batches = [batch(f'i{seed}', gt) for seed, gt in enumerate(gts)]
+    result = evaluate(Nearest(), batches, scale=2, metrics=metrics, device='cpu')
+    assert result.means['own'] == 1 and [row['own'] for row in result.rows] == [1, None, 1, None, 1]
+    assert all(row['psnr'] is not None for row in result.rows)
+    [note] = result.notes
+    assert note.startswith('own was measured on 3 of 5 images: val.metrics.own (calculate_own)') and 'i3' in note
+    write_results(tmp_path, {'student': {'Set': result}})
+    assert f'- student on Set: {note}' in (tmp_path / 'results.md').read_text()
+    content = json.loads((tmp_path / 'results.json').read_text())['results']['student']['Set']
+    assert content['measured'] == {'own': 3, 'psnr': 5}
+
+
+def test_niqe_needs_two_blocks_and_never_ends_a_test():
+    def noise(height, width):
+        return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    metrics = {'niqe': {'type': 'calculate_niqe', 'crop_border': 2}}
+    batches = [batch('large', noise(196, 104)), batch('one_block', noise(100, 100)), batch('small', noise(98, 98))]
+    result = evaluate(Nearest(), batches, scale=2, metrics=metrics, device='cpu')
+    assert [row['niqe'] is None for row in result.rows] == [False, True, True]
+    assert result.means['niqe'] == result.rows[0]['niqe'] > 0
+    assert result.notes[0].startswith('niqe was measured on 1 of 3 images: one_block (100x100x3) is too small for niqe')
+
+
+@pytest.mark.parametrize(
+    'error, message',
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 9"), 'memory'),
+        (RuntimeError('[enforce fail] not enough memory: you tried to allocate 9 bytes.'), 'memory'),
+        (MemoryError('std::bad_alloc'), 'memory'),
+        (torch.cuda.OutOfMemoryError('CUDA out of memory.'), 'GPU memory'),
+    ],
+)
+def test_too_little_memory_names_the_image_and_the_key(error, message):
+    class Large(Nearest):
+        def forward(self, x):
+            raise error
+
+    with pytest.raises(UserError) as caught:
+        evaluate(Large(), [batch('baby', image(32, 40))], scale=2, metrics={}, device='cpu')
+    expected = f'folder/baby.png (20x16): not enough {message}; set val.tile_size, such as 256, or lower it'
+    assert str(caught.value) == expected
+
+
+def test_an_output_of_another_size_than_gt_names_both_files():
+    wrong = {**batch('b', image(20, 24)), 'gt': tensor(image(22, 24)), 'gt_path': ['HR/b.png']}
+    with pytest.raises(UserError, match=r'b: the output is 24x20x3, .* 24x22x3; .* \(folder/b\.png, HR/b\.png\)'):
+        evaluate(Nearest(), [wrong], scale=2, metrics={}, device='cpu')
+
+
+class Part(list):
+    """What one of several processes gets of a set."""
+
+    def __init__(self, paths, rank, processes, known=True):
+        self.sampler = range(rank, len(paths), processes)
+        super().__init__(paths[index] for index in self.sampler)
+        self.dataset = type('Set', (), {'paths': [{'lq_path': path} for path in paths]} if known else {})()
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_images_of_one_name_have_the_same_names_on_several_processes_as_on_one(processes):
+    paths = [f'{folder}/{name}.png' for folder in 'ab' for name in ('x', 'y', 'x_2')] + ['c/x.jpg', 'y']
+
+    def named(rank, count, known=True):
+        part = Part(paths, rank, count, known)
+        names = evaluation._Names(part)
+        return {index: names.of(number, path) for number, (index, path) in enumerate(zip(part.sampler, part))}
+
+    single = named(0, 1)
+    assert len(set(single.values())) == len(paths)
+    several = {index: name for rank in range(processes) for index, name in named(rank, processes).items()}
+    assert several == single
+    unknown = [name for rank in range(processes) for name in named(rank, processes, False).values()]
+    assert len(set(unknown)) == len(paths)
+
+
 def test_scoring_in_threads_keeps_order_and_memory(monkeypatch):
     """The first image takes longest; no more images wait for it than there are threads."""
     loaded, order, loaded_meanwhile = [], [], []
@@ -380,6 +478,14 @@ def test_validate_scores_an_image_without_gt_against_nothing(tmp_path):
     assert [path.name for path in (tmp_path / 'a').iterdir()] == ['a_9.png']
     with pytest.raises(UserError, match='no images'):
         validate(sr_model, Loader([]), 9, None, False)
+    # A second set may have an image of the same name.
+    sr_model.opt['datasets'] = {'train': {}, 'val_1': {}, 'val_2': {}}
+    for name, gt in zip(('One', 'Two'), gts):
+        loader = Loader([batch('a', gt)])
+        loader.opt = {'name': name}
+        validate(sr_model, loader, 9, None, True)
+    written = [(tmp_path / name / 'a' / 'a_9.png').read_bytes() for name in ('One', 'Two')]
+    assert written[0] != written[1]
 
 
 def test_validate_without_metrics_only_runs(tmp_path):

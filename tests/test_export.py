@@ -191,6 +191,7 @@ def test_a_wrong_export_is_not_written(monkeypatch, capsys):
 def test_mistakes(capsys):
     checkpoint(edsr())
     folder('lq', {'a': np.zeros((8, 8, 3), np.uint8)})
+    folder('gt', {'a': np.zeros((32, 32, 3), np.uint8)})
     folder('other', {'b': np.zeros((16, 16, 3), np.uint8)})
     Path('net.safetensors').touch()
     for arguments, message in (
@@ -204,6 +205,10 @@ def test_mistakes(capsys):
         (['--to', 'torchscript', '--image', 'lq/a.png'], '--image lq/a.png: at least 94x104 px are needed'),
         (['--to', 'torchscript', '--test', 'lq', 'other'], 'no image in other for lq'),
         (['--to', 'torchscript', '--test', 'absent', 'other'], 'cannot read absent'),
+        (
+            ['--to', 'torchscript', '--test', 'lq', 'gt'],
+            '--test: sizes do not match at scale 2: gt/a.png is 32x32, lq/a.png is 8x8 (expected 16x16)',
+        ),
         (['--to', 'nothing'], 'invalid choice'),
     ):
         assert run(*arguments) == 2, arguments

@@ -460,7 +460,7 @@ def test_check_lists_everything(tmp_path, capfd):
     Path('lq/badx2.png').write_bytes(Path('gt/fine.png').read_bytes()[:-30])
     run('check', 'gt', 'lq', '--scale', 2, '--filename_tmpl', '{}x2', '--gt_size', 32, code=1, workers=2)
     assert capfd.readouterr().out.splitlines() == [
-        'mismatched: gt/other.png is 48x48, lq/otherx2.png is 23x24, at scale 2 24x24 belong to it',
+        'mismatched: sizes do not match at scale 2: gt/other.png is 48x48, lq/otherx2.png is 23x24 (expected 24x24)',
         'too small: gt/small.png is 50x30, at least 32 are needed',
         'unpaired: gt/alone.png has no alonex2 in lq',
         'unpaired: lq/lonelyx2.png has no partner in gt',

@@ -315,6 +315,13 @@ def test_too_little_memory(monkeypatch, capsys):
     assert run('photo.png', '--tile', '32') == 2
     assert capsys.readouterr().err == 'error: photo.png: not enough memory; lower --tile (32 now)\n'
 
+    def fail_on_cpu(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: ...")
+
+    monkeypatch.setattr(upscale, 'restore', fail_on_cpu)
+    assert run('photo.png', '--tile', '0') == 2
+    assert capsys.readouterr().err == 'error: photo.png: not enough memory; set --tile, such as 256\n'
+
 
 def test_pictures_of_any_program():
     """`restore` is for those who have arrays: no files, no options."""

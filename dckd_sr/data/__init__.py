@@ -12,7 +12,7 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from dckd_sr.data import repairs, teacher_cache
+from dckd_sr.data import pair_sizes, repairs, teacher_cache
 from dckd_sr.data.sampler import Stage, TrainSampler
 from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, reason
@@ -97,12 +97,14 @@ def build_val_loader(opt: dict[str, Any], name: str) -> DataLoader:
     Works without processes unless the dataset's num_worker_per_gpu asks for some.
 
     Raises:
-        UserError: wrong options or files. Iterating raises it too.
+        UserError: wrong options or files, or pairs whose sizes do not belong together (headers are looked at here).
+            Iterating raises it too.
     """
     options = _dataset_options(opt, name, name.split('_')[0])
     workers = _number(options, 'num_worker_per_gpu', 0)
     seed = opt.get('manual_seed') or 0
     dataset = SeededDataset(_build(name, options), seed)
+    pair_sizes.check_headers(dataset)
     return Loader(
         dataset,
         batch_size=1,

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dckd_sr.data import jobs
+from dckd_sr.data import jobs, pair_sizes
 from dckd_sr.data.files import read_bytes
 from dckd_sr.data.preparing import (
     Outcome,
-    belongs,
     decoded,
     read_image,
     ready_text,
@@ -164,12 +163,9 @@ def _subimages(job, ours):
     if min(height, width) < job.size:
         raise UserError(f'too small: {job.path} is {size_text(images[1])}, a crop is {job.size}x{job.size}')
     for scale, image in images.items():
-        if not belongs(image, images[1], scale):
-            full = tuple(n // scale for n in images[1].shape[:2])
-            raise UserError(
-                f'sizes do not match at scale {scale}: {job.path} is {size_text(images[1])}, {job.sources[scale]} is '
-                f'{size_text(image)} (expected {full[1]}x{full[0]})'
-            )
+        problem = pair_sizes.misfit(job.path, images[1].shape, job.sources[scale], image.shape, scale)
+        if problem:
+            raise UserError(problem)
     corners = [(top, left) for top in _places(height, job) for left in _places(width, job)]
     files = []
     for scale, image in images.items():

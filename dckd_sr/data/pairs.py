@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 
 from dckd_sr import locks
-from dckd_sr.data import jobs
+from dckd_sr.data import jobs, pair_sizes
 from dckd_sr.data.files import lmdb_keys, read_bytes, read_lmdb
-from dckd_sr.data.preparing import Result, belongs, decoded, refuse_inside, size_text, stems_of, unfit_text
+from dckd_sr.data.preparing import Result, decoded, refuse_inside, stems_of, unfit_text
 from dckd_sr.errors import UserError
 
 RAIN_TEST_SETS = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
@@ -145,9 +145,7 @@ def _check(job):
     (height, width), path = images[0].shape[:2], os.path.join(*job.gt)
     if min(height, width) // job.scale * job.scale < max(job.gt_size, job.scale):
         problems.append(f'too small: {path} is {width}x{height}, at least {max(job.gt_size, job.scale)} are needed')
-    if len(images) == 2 and not belongs(images[1], images[0], job.scale):
-        problems.append(
-            f'mismatched: {path} is {width}x{height}, {os.path.join(*job.lq)} is {size_text(images[1])}, at scale '
-            f'{job.scale} {width // job.scale}x{height // job.scale} belong to it'
-        )
+    if len(images) == 2:
+        problem = pair_sizes.misfit(path, images[0].shape, os.path.join(*job.lq), images[1].shape, job.scale)
+        problems += [f'mismatched: {problem}'] if problem else []
     return problems, alphas, bool(height % job.scale or width % job.scale)

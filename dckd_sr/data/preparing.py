@@ -122,11 +122,6 @@ def _one(work):
         return job.key, Outcome(problem=str(error))
 
 
-def belongs(low: np.ndarray, high: np.ndarray, scale: int) -> bool:
-    """Whether (h, w, c) of an LQ image fits its GT; MATLAB rounds up where the GT was not cut before."""
-    return all(n in (full // scale, -(-full // scale)) for n, full in zip(low.shape[:2], high.shape[:2]))
-
-
 def some(names: Iterable[str], count: int = 5) -> str:
     """The first names in order, and how many more."""
     names = sorted(names)

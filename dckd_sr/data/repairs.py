@@ -16,9 +16,13 @@ from basicsr.data import (
     realesrgan_paired_dataset,
     single_image_dataset,
 )
+from basicsr.data.transforms import augment, paired_random_crop
+from basicsr.utils import FileClient, bgr2ycbcr, img2tensor
 from basicsr.utils.file_client import LmdbBackend
 from basicsr.utils.img_util import imfrombytes as _imfrombytes
+from torchvision.transforms.functional import normalize
 
+from dckd_sr.data import pair_sizes
 from dckd_sr.data.files import find_partners, image_names, is_truncated, lmdb_keys, meta_info_names, read_lmdb
 from dckd_sr.errors import UserError
 
@@ -40,6 +44,11 @@ def apply():
                 setattr(module, function.__name__, function)
     single_image_dataset.scandir = scan_images
     LmdbBackend.__init__, LmdbBackend.get = lmdb_init, lmdb_get
+    for cls in (
+        paired_image_dataset.PairedImageDataset,
+        realesrgan_paired_dataset.RealESRGANPairedDataset,
+    ):
+        cls.__getitem__, cls.pairs_of_files = paired_sample, pair_sizes.pairs_of_files
 
 
 def paired_paths_from_folder(folders, keys, filename_tmpl):
@@ -101,6 +110,27 @@ def imfrombytes(content, flag='color', float32=False):
         return _imfrombytes(content, flag, float32)
     except (AttributeError, TypeError, cv2.error):
         raise ValueError('not an image, or damaged') from None
+
+
+def paired_sample(self, index):
+    """paired_image_dataset.py:98 cuts GT to LQ times scale however much larger it is, so that pairs of another scale
+    are scored; realesrgan_paired_dataset.py does not cut at all. In training both refuse what `prepare check` admits.
+    """
+    if self.file_client is None:
+        self.file_client = FileClient(self.io_backend_opt.pop('type'), **self.io_backend_opt)
+    paths = self.paths[index]
+    gt, lq = (imfrombytes(self.file_client.get(paths[f'{key}_path'], key), float32=True) for key in ('gt', 'lq'))
+    gt = pair_sizes.cut(gt, lq, self, index)
+    if self.opt['phase'] == 'train':
+        gt, lq = paired_random_crop(gt, lq, self.opt['gt_size'], self.opt['scale'], paths['gt_path'])
+        gt, lq = augment([gt, lq], self.opt['use_hflip'], self.opt['use_rot'])
+    if self.opt.get('color') == 'y':
+        gt, lq = (bgr2ycbcr(image, y_only=True)[..., None] for image in (gt, lq))
+    gt, lq = img2tensor([gt, lq], bgr2rgb=True, float32=True)
+    if self.mean is not None or self.std is not None:
+        for image in (lq, gt):
+            normalize(image, self.mean, self.std, inplace=True)
+    return {'lq': lq, 'gt': gt, 'lq_path': paths['lq_path'], 'gt_path': paths['gt_path']}
 
 
 def lmdb_init(self, db_paths, client_keys='default', **options):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -145,6 +146,10 @@ class Dataset_DefocusDeblur_DualPixel_16bit(Dataset_PairedImage):
         partners, _ = find_partners(names, self.right_folder, self.opt.get('filename_tmpl') or '{}')
         self.right_paths = [os.path.join(self.right_folder, partners[name]) for name in names]
         return super()._file_paths()
+
+    def pairs_of_files(self) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+        yield from super().pairs_of_files()
+        yield from ((('', pair['gt_path']), ('', right)) for pair, right in zip(self.paths, self.right_paths))
 
     def _load(self, index):
         gt, left = super()._load(index)

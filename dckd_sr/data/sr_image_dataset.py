@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -13,6 +14,7 @@ from basicsr.data.transforms import augment, paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
+from dckd_sr.data import pair_sizes
 from dckd_sr.data.files import decode, find_partners, image_names, lmdb_keys, meta_info_names, read_bytes, read_lmdb
 from dckd_sr.data.teacher_cache import TeacherCache
 from dckd_sr.errors import UserError
@@ -130,15 +132,11 @@ class SRImageDataset(Dataset):
             gt = modcrop(gt, self.scale)
             return gt, (self._low(gt) if self.cached else None)
         lq = decode(self._read(lq_path, self.lq_folder), lq_path)
-        height, width = gt.shape[0] // self.scale, gt.shape[1] // self.scale
-        # MATLAB's imresize rounds the LQ size up where the GT was not cut to a multiple before.
-        if any(low not in (n // self.scale, -(-n // self.scale)) for low, n in zip(lq.shape[:2], gt.shape[:2])):
-            raise UserError(
-                f'dataset {self.name}: sizes do not match at scale {self.scale}: {gt_path} is '
-                f'{gt.shape[1]}x{gt.shape[0]}, {lq_path} is {lq.shape[1]}x{lq.shape[0]} '
-                f'(expected {width}x{height})'
-            )
-        return gt[: height * self.scale, : width * self.scale], lq[:height, :width]
+        return pair_sizes.cut(gt, lq, self, index), lq
+
+    def pairs_of_files(self) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+        """See `pair_sizes.pairs_of_files`; none where LQ is made from GT."""
+        return pair_sizes.pairs_of_files(self) if self.lq_folder else iter(())
 
     def _read(self, path, folder):
         return read_bytes(path) if self.backend == 'disk' else read_lmdb(folder, path)

@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dckd_sr import checkpoint, locks
-from dckd_sr.data import lmdb_maker
+from dckd_sr.data import lmdb_maker, pair_sizes
 from dckd_sr.data.files import view_lmdb
 from dckd_sr.data.preparing import Result, refuse_inside
 from dckd_sr.download import sha256_of
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, out_of_memory, reason
 from dckd_sr.inference import infer
 
 FORMATS = ('uint8', 'float16')
@@ -184,6 +184,7 @@ def make(args):
         if found:
             raise UserError(f'{folder} exists, {found}: remove it, or name another')
         return Result(f'{folder}: {len(dataset)} images, was ready')
+    pair_sizes.check_headers(dataset)
     write(folder, expected, dataset, _runner(opt, args.self_ensemble))
     size = os.path.getsize(os.path.join(folder, 'data.mdb'))
     return Result(f'{folder}: {len(dataset)} images as {args.format}, {size / 2**20:.0f} MB')
@@ -256,7 +257,15 @@ def _fill(folder, kind, dataset, run):
                 if key in done:
                     continue
                 sample = dataset[index]
-                output = run(sample['lq'])
+                try:
+                    output = run(sample['lq'])
+                except Exception as error:
+                    if isinstance(error, UserError) or not out_of_memory(error):
+                        raise
+                    path, (height, width) = sample['lq_path'], sample['lq'].shape[1:]
+                    raise UserError(
+                        f'{path} ({width}x{height}): not enough memory; set val.tile_size, such as 256, or lower it'
+                    ) from error
                 if not torch.isfinite(output).all():
                     raise UserError(f'the output of the teacher is not finite: {sample["lq_path"]}')
                 batch.append((key, _pixels(output, kind).tobytes()))

@@ -139,6 +139,7 @@ def test_images_are_whole_or_an_error(opt, tmp_path):
         with pytest.raises(ValueError, match=message):
             build_dataset(opt)[1]
     path.write_bytes(jpeg)
+    cv2.imwrite(str(tmp_path / 'gt' / 'b.png'), np.zeros((64, 64, 3), np.uint8))
     np.testing.assert_array_equal(
         build_dataset(opt)[1]['lq'].numpy().transpose(1, 2, 0)[..., ::-1],
         cv2.imread(str(path)).astype(np.float32) / 255,

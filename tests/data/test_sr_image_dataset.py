@@ -180,16 +180,18 @@ def test_gray_alpha_and_sixteen_bits_become_rgb_in_0_1(folders):
 
 
 def test_gt_that_is_no_multiple_of_scale(folders):
-    """MATLAB's LQ is one larger if GT was not cut before, and as BasicSR expects it if it was."""
+    """Its rest is cut; an LQ that was rounded up may lie anywhere and is refused."""
     gt = photo(50, 63)
     for path in [*(folders / 'gt').iterdir(), *(folders / 'lq').iterdir()]:
         path.unlink()
     cv2.imwrite(str(folders / 'gt' / 'a.png'), gt)
-    for lq in (imresize(gt, 1 / 4), imresize(gt[:48, :60], 1 / 4)):
-        cv2.imwrite(str(folders / 'lq' / 'ax4.png'), lq)
-        out = build(folders, phase='val')[0]
-        assert out['gt'].shape == (3, 48, 60) and out['lq'].shape == (3, 12, 15)
-        assert sample(build(folders), 0)['lq'].shape == (3, 8, 8)
+    cv2.imwrite(str(folders / 'lq' / 'ax4.png'), imresize(gt[:48, :60], 1 / 4))
+    out = build(folders, phase='val')[0]
+    assert out['gt'].shape == (3, 48, 60) and out['lq'].shape == (3, 12, 15)
+    assert sample(build(folders), 0)['lq'].shape == (3, 8, 8)
+    cv2.imwrite(str(folders / 'lq' / 'ax4.png'), imresize(gt, 1 / 4))
+    with pytest.raises(UserError, match=r'a\.png is 63x50, .*ax4\.png is 16x13 .expected 15x12.; LQ was rounded up'):
+        build(folders, phase='val')[0]
     assert build(folders, phase='val', dataroot_lq=None)[0]['gt'].shape == (3, 48, 60)
 
 

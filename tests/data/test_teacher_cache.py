@@ -53,6 +53,14 @@ def paired(folder):
     return {'type': 'Dataset_PairedImage', 'scale': 1, 'dataroot_gt': 'LR', 'gt_size': 16}
 
 
+def test_a_cache_is_not_begun_on_pairs_of_another_scale(run_options, capsys):
+    run_options['datasets']['train'].update(dataroot_lq='HR', dataroot_gt='HR')
+    assert prepare.main(['teacher_cache', '-opt', write(run_options)]) == 2
+    said = capsys.readouterr().err
+    assert 'error: dataset train: 4 of 4 pairs: sizes do not match at scale 2: HR/0.png is 48x48' in said
+    assert not list(Path('.').glob('*.lmdb')) and not list(Path('.').glob('.cache*'))
+
+
 @pytest.fixture
 def run_options(tmp_path):
     """Options of a run that reads the four images by SRImageDataset."""
