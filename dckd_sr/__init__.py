@@ -6,12 +6,17 @@ archs, losses, datasets and models in BasicSR's registries.
 
 from dckd_sr import commands
 
+commands.check_python()
 commands.answer_help()
 
-from dckd_sr import compat  # noqa: E402
+try:
+    from dckd_sr import compat
 
-compat.apply()
+    compat.apply()
 
-from dckd_sr import archs, data, losses, models  # noqa: E402, F401  (registration is the purpose)
+    from dckd_sr import archs, data, losses, models  # noqa: F401  (registration is the purpose)
+except (ImportError, OSError) as error:  # the latter where a library of torch's does not load
+    commands.explain(error)
+    raise
 
 __version__ = '0.1.0'

@@ -8,7 +8,6 @@ Neither data nor weights are needed: batches come from a seed, and weights that 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -30,6 +29,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from dckd_sr import complexity, logs, option_checks, option_files, option_keys, options, processes, step_parts, train
+from dckd_sr.commands import Parser
 from dckd_sr.data import build_train_loader
 from dckd_sr.errors import UserError, entry_point
 from dckd_sr.models.dckd_model import DCKDModel
@@ -67,9 +67,9 @@ def main(argv=None):
     return args.run(args)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message):
-        raise UserError(f'{message}; {self.prog} --help')
+        raise UserError(f'{message}{self.hint(message)}; {self.prog} --help')
 
 
 def _parser():

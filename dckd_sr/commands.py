@@ -1,17 +1,58 @@
-"""The command lines of training and testing.
+"""The command lines of training and testing, and what all commands share.
 
 What stands here loads nothing, so that --help answers at once: `answer_help` runs before anything else of the package.
 """
 
 import argparse
+import importlib.util
+import os
 import sys
 from pathlib import Path
+
+_NEEDED = ('torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'lmdb', 'PIL', 'pydantic', 'yaml', 'safetensors')
+_NEEDED += ('skimage', 'scipy', 'spandrel', 'tqdm')
+_OLDEST = (3, 9)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says what was meant where an option file stands without -opt, or with it and must not."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        super().error(message + self.hint(message))
+
+    def hint(self, message):
+        """' (did you mean -opt my.yml?)' for a message of argparse, or ''."""
+        given, needs_opt = self._given, message.endswith('required: -opt/--opt')
+        files = [word for word in given if word.endswith(('.yml', '.yaml'))]
+        if needs_opt and given and not given[0].startswith('-'):
+            files.append(given[0])  # perhaps the name of a shipped file
+        if not files:
+            return ''
+        takes_opt, commands = '-opt' in self._option_string_actions, self._commands()
+        meant = ''
+        if needs_opt or (takes_opt and '-opt' not in given and message.startswith('unrecognized arguments')):
+            meant = f'-opt {files[0]}'
+        elif commands and given[0] == files[0]:
+            names = [name for name, command in commands.items() if '-opt' in command._option_string_actions]
+            meant = f'{names[0]} -opt {files[0]}' if names else f'{next(iter(commands))} {files[0]}'
+        elif '-opt' in given and not takes_opt:
+            meant = f'{files[0]}, without -opt'
+        return f' (did you mean {meant}?)' if meant else ''
+
+    def _commands(self):
+        """Name -> parser of the commands below this one."""
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return found[0] if found else {}
 
 
 def parser(is_train=True):
     """The command line of training and testing: BasicSR's, and --local-rank as torch's launchers write it."""
     verb = 'train' if is_train else 'test'
-    result = argparse.ArgumentParser(prog=f'dckd-{verb}', description=f'{verb.capitalize()} as an option file says.')
+    result = Parser(prog=f'dckd-{verb}', description=f'{verb.capitalize()} as an option file says.')
     add = result.add_argument
     add('-opt', '--opt', required=True, metavar='FILE', help='option file (YAML), or the name of a shipped one')
     add('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started several processes')
@@ -42,8 +83,48 @@ def answer_help():
         command().parse_args(['--help'])
 
 
+def check_python():
+    """Exit (2) with one line where one of our commands is started with a Python that is too old for the package."""
+    if sys.version_info < _OLDEST and _is_ours():
+        _leave(f'Python {".".join(map(str, _OLDEST))} or newer is needed, and {sys.executable} is older')
+
+
+def explain(error):
+    """Exit (2) with one line where one of our commands cannot be imported; callers of the library get the error itself.
+
+    Args:
+        error: the ImportError or OSError.
+    """
+    if not _is_ours():
+        return
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    text = ' '.join(str(error).split())
+    if missing:
+        python = Path(__file__).resolve().parents[1] / '.venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
+        found = python if python.exists() else python.with_suffix('.exe')
+        cure = (
+            f'start {found} instead' if found.exists() else 'activate its environment, or install it as README.md says'
+        )
+        more = f' and {len(missing) - 4} more' if len(missing) > 4 else ''
+        text = f'{sys.executable} does not have {", ".join(missing[:4])}{more}: {cure}'
+    elif 'libGL' in text or 'libgthread' in text:
+        text += '; OpenCV needs it: install libgl1, or opencv-python-headless in the place of opencv-python'
+    _leave(text)
+
+
+def _leave(text):
+    print(f'error: {text}', file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _is_ours():
+    """Whether this process is one of our commands."""
+    unnamed = sys.argv[:1] == ['-m'] and not hasattr(sys, 'orig_argv')  # with Python 3.9, see _command
+    return unnamed or _command() is not None
+
+
 def _command():
-    """Which command this process is: ``dckd-train``, ``python -m dckd_sr.train`` or ``python dckd_sr/train.py``."""
+    """Which command this process is: ``dckd-train``, ``python -m dckd_sr.train``, ``python dckd_sr/train.py``."""
     program = sys.argv[0] if sys.argv else ''
     if program == '-m':  # python still looks for the module; its name is known since 3.10
         words = getattr(sys, 'orig_argv', [])

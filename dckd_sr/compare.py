@@ -7,7 +7,6 @@ the same for all. Runs are ordinary ones under ``experiments/``; finished ones s
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import itertools
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 
 from dckd_sr import evaluation, option_files, options, safe_yaml, test
+from dckd_sr.commands import Parser
 from dckd_sr.errors import UserError, entry_point, nearest
 from dckd_sr.option_checks import Report
 from dckd_sr.option_keys import DROP_IN_LOSSES
@@ -90,7 +90,7 @@ def main(argv=None):
         exit code: 0 done, 2 a mistake in options, paths or images (one message, no traceback), 130 interrupted.
     """
     about = 'Train and test distillation methods side by side, as a recipe says.'
-    parser = argparse.ArgumentParser(prog='python -m dckd_sr.compare', description=about)
+    parser = Parser(prog='python -m dckd_sr.compare', description=about)
     add = parser.add_argument
     add('-opt', '--opt', required=True, metavar='RECIPE', help='option file with the blocks of all methods')
     add('--methods', default='scratch,logits,dckd', help=f'of {", ".join(METHODS)}, joined by + and of compare.methods')

@@ -31,6 +31,7 @@ from safetensors.torch import save as to_safetensors
 
 from dckd_sr import checkpoint, pictures
 from dckd_sr.archs import spandrel_arch
+from dckd_sr.commands import Parser
 from dckd_sr.data import pair_sizes
 from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import score, tensor2bgr
@@ -71,7 +72,7 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog='python -m dckd_sr.export', description=__doc__.splitlines()[0])
+    parser = Parser(prog='python -m dckd_sr.export', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('checkpoint', help='.pth, .ckpt or .safetensors')
     add('--to', required=True, choices=list(SUFFIXES), help='kind of file')

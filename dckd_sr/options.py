@@ -10,7 +10,6 @@ with the full path of its key. Files are found, read and merged with their bases
     python -m dckd_sr.options schema         a JSON schema, for completion in editors
 """
 
-import argparse
 import copy
 import importlib
 import os
@@ -24,7 +23,7 @@ from dckd_sr import option_checks as checks
 from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
 from dckd_sr import safe_yaml
-from dckd_sr.commands import parser
+from dckd_sr.commands import Parser, parser
 from dckd_sr.errors import entry_point, nearest
 from dckd_sr.option_checks import Report, check_file  # noqa: F401  (check_file: for entry points)
 from dckd_sr.option_files import OptionError, apply_overrides
@@ -302,7 +301,7 @@ def main(argv=None):
     """
     from dckd_sr import option_schema, option_show  # they read what is defined above
 
-    top = argparse.ArgumentParser(prog='python -m dckd_sr.options', description='Look at option files.')
+    top = Parser(prog='python -m dckd_sr.options', description='Look at option files.')
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     option_show.add_command(commands)
     option_schema.add_command(commands)

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 
+from dckd_sr.commands import Parser
 from dckd_sr.data import downloads, jobs, lmdb_maker, teacher_cache
 from dckd_sr.data.lr_images import make_sr, make_subimages
 from dckd_sr.data.pairs import check, make_pairs
@@ -40,7 +41,7 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='python -m dckd_sr.prepare',
         description=__doc__.splitlines()[0],
         epilog='exit codes: 0 done; 1 some images are unfit, they are named; 2 a mistake; 130 interrupted',

@@ -13,13 +13,10 @@ if __name__ == '__main__':
     sys.path[:] = [entry for entry in sys.path if Path(entry or '.').resolve() != Path(__file__).resolve().parent]
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import dckd_sr  # noqa: F401  (everything registers; what is not installed is told)
+
+# isort: split
 import torch
-
-try:
-    import dckd_sr  # noqa: F401  (everything registers)
-except ImportError as error:
-    raise SystemExit(f'error: {error}') from error
-
 from basicsr.archs import build_network
 from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str

@@ -16,23 +16,19 @@ if __name__ == '__main__':
     sys.path[:] = [entry for entry in sys.path if Path(entry or '.').resolve() != Path(__file__).resolve().parent]
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import dckd_sr  # noqa: F401  (everything registers; what is not installed is told)
+
+# isort: split
 import torch
-from tqdm import tqdm
-
-from dckd_sr import checkpoint, locks, logs, option_changes, options, processes, sources
-from dckd_sr.errors import UserError, entry_point, reason
-
-try:
-    import dckd_sr.models  # noqa: F401  (everything registers)
-except ImportError as error:
-    raise SystemExit(f'error: {error}') from error
-
 from basicsr.models import build_model
 from basicsr.utils import AvgTimer, MessageLogger, get_env_info, get_time_str, set_random_seed
 from basicsr.utils.logger import init_tb_logger, init_wandb_logger
 from basicsr.utils.options import dict2str
+from tqdm import tqdm
 
+from dckd_sr import checkpoint, locks, logs, option_changes, options, processes, sources
 from dckd_sr.data import build_train_loader, build_val_loaders
+from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import bicubic, evaluate
 
 PATIENCE = 10  # iterations in a row that may be left out with train.on_nonfinite: skip

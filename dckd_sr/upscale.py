@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dckd_sr import checkpoint, pictures
+from dckd_sr.commands import Parser
 from dckd_sr.errors import UserError, entry_point, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.model_files import Model, load
@@ -41,7 +42,7 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog='python -m dckd_sr.upscale', description=__doc__.splitlines()[0])
+    parser = Parser(prog='python -m dckd_sr.upscale', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('input', nargs='+', help='images, or a folder whose images are done (not those of its sub-folders)')
     add('-m', '--model', required=True, help='checkpoint (.pth, .safetensors), .onnx or TorchScript file')

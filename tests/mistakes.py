@@ -130,6 +130,11 @@ def _(run):
     run.arguments = []
 
 
+@mistake('an option file without `-opt`')
+def _(run):
+    run.arguments = ['opt.yml']
+
+
 @mistake('`--force_yml` without a value')
 def _(run):
     run.arguments += ['--force_yml', 'train:total_iter']
