@@ -334,7 +334,10 @@ def environment(runs):
 
 
 def bounds(runs):
-    """Rows of (label, level, numerator at first, at last, factor, denominator likewise): means of a tenth each."""
+    """Rows of (label, level, numerator at first, at last, factor, denominator likewise, part of iterations left out).
+
+    At first and at last are means of a tenth each.
+    """
     rows = []
     for label, group in grouped(run for run in runs if run.contrast):
         for level in range(len(group[0].contrast[0]['numerator'])):
@@ -346,7 +349,8 @@ def bounds(runs):
                 first = statistics.fmean(v for values, n in zip(series, tenths) for v in values[:n])
                 last = statistics.fmean(v for values, n in zip(series, tenths) for v in values[-n:])
                 row += [f'{first:.4g}', f'{last:.4g}', f'×{last / first:.2f}' if first else '-']
-            rows.append(row)
+            left_out = [r['left_out'][level] for run in group for r in run.contrast if r.get('left_out')]
+            rows.append([*row, f'{statistics.fmean(left_out):.0%}' if left_out else '-'])
     return rows
 
 

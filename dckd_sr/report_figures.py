@@ -107,7 +107,7 @@ def draw(figures, runs, scores, costs):
         return ((i, values.get(key)) for i, values in sorted(rows.items()))
 
     def sums(rows, part, level):
-        return ((row['iter'], row[part][level]) for row in rows)
+        return ((row['iter'], row[part][level]) for row in rows if part in row)
 
     for key in dict.fromkeys(key for run in runs for values in run.log.scores.values() for key in values):
 
@@ -145,6 +145,14 @@ def draw(figures, runs, scores, costs):
                 axes.axvline(i, color=INK, lw=0.4, alpha=0.5, ls=':')
 
         figures.draw('contrast', f'Level {level + 1}', plot, xlabel='iteration')
+    for level in range(max((len(row.get('left_out') or ()) for run in contrasting for row in run.contrast), default=0)):
+
+        def plot(axes, level=level):
+            curves(axes, lambda one: sums(one.contrast, 'left_out', level), BINS)
+            axes.set_ylim(-0.05, 1.05)
+
+        if any(row['left_out'][level] for run in contrasting for row in run.contrast if row.get('left_out')):
+            figures.draw('contrast', f'Level {level + 1}, part of iterations left out', plot, xlabel='iteration')
     column = next((c for means in scores.values() for c in means if 'psnr' in c[1].lower()), None)
     points = {label: means[column] for label, means in scores.items() if label in costs and column in means}
     for what in ('parameters', 'multiply-adds', 'seconds') if points else ():

@@ -48,6 +48,10 @@ class Speed:
         scaled = self.dtype == torch.float16 and {'student', 'encoder'} & set(self.amp)  # gradients pass through these
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self._compiled, self._uncompiled = {}, set()
+        if self.compile_mode is not None:
+            # Compiled backward passes otherwise give away the buffers that a second pass through them needs:
+            # gradient_shares and the measurement of gradients call them several times.
+            torch._functorch.config.donated_buffer = False
         # torch leaves TF32 on for convolutions; float32 means float32 here.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(opt.get('use_tf32'))
 

@@ -200,7 +200,11 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
                 **losses,
             }
             message_logger(dict(line))  # which it empties
-            metrics.write({**line, **getattr(model, 'details', {})})
+            details = getattr(model, 'details', {})  # name -> one number a level
+            metrics.write({**line, **details})
+            for name, values in details.items() if tb_logger else ():
+                for level, value in enumerate(values, 1):
+                    tb_logger.add_scalar(f'contrast/{name}_{level}', value, current_iter)
         if due:
             logger.info('Saving models and training states.')
             saved = current_iter if save(model, epoch, current_iter, opt) else saved

@@ -105,7 +105,14 @@ def test_the_page_needs_nothing_else(page, folder):
     assert all(f'{side}-{part}' in page.ids for side in ('left', 'right') for part in ('image', 'text'))
     drawn = {path.stem for path in (folder / 'results/compare_run/report_figures').glob('*.pdf')}
     assert drawn == {path.stem for path in (folder / 'results/compare_run/report_figures').glob('*.png')}
-    for start in ('curves1_PSNR_Set', 'curves2_l_pix', 'contrast2_Level_2', 'costs3_', 'crops'):
+    for start in (
+        'curves1_PSNR_Set',
+        'curves2_l_pix',
+        'contrast2_Level_2',
+        'contrast4_Level_2_part',
+        'costs3_',
+        'crops',
+    ):
         assert any(name.startswith(start) for name in drawn), start
 
 
@@ -142,6 +149,7 @@ def test_numbers_of_the_logs(page, folder):
         ends = [rows[i][part][level] for part in ('numerator', 'denominator') for i in (0, 1)]
         assert [row[i] for i in (2, 3, 5, 6)] == [f'{value:.4g}' for value in ends]
         assert row[7] == f'×{ends[3] / ends[2]:.2f}'
+        assert row[8] == f'{sum(r["left_out"][level] for r in rows) / 2:.0%}'
     line = re.search(r'iter: +4, .* l_pix: (\S+)', log)
     assert float(line[1]) == pytest.approx(rows[1]['l_pix'], rel=1e-4)
 
@@ -231,7 +239,7 @@ def test_metrics_follow_the_run_over_a_resume(folder, tmp_path):
         assert train.main(['-opt', 'opt.yml', '--auto_resume']) == 0
         again = logs.read_metrics(path)
     assert [row['iter'] for row in again] == [2, 4]
-    for part in ('l_pix', 'numerator', 'denominator', 'lrs'):
+    for part in ('l_pix', 'numerator', 'denominator', 'left_out', 'lrs'):
         assert again[1][part] == whole[1][part]
 
 

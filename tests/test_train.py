@@ -173,6 +173,27 @@ def test_gradients_are_logged_and_change_nothing(opt, more):
     assert all(row['l_ts_grad'] > 0 and -1 <= row['l_cl_cos'] <= 1 for row in rows[1])
 
 
+def test_each_run_says_how_strongly_its_losses_pull(opt):
+    """Once at the start and once at a tenth, without asking; the released loss is thrown off at the start, and told."""
+    opt['train']['cl_opt']['type'] = 'ContrasLoss'
+    opt['train'].update(total_iter=8)
+    opt['logger'].update(print_freq=8, save_checkpoint_freq=8)
+    assert train.main(['-opt', write(opt)]) == 0
+    log = next(Path('experiments/run').glob('*.log')).read_text()
+    for span in ('1 to 5', '6 to 8'):
+        (line,) = [line for line in log.splitlines() if f'iterations {span}: ' in line]
+        assert re.search(r'that of l_pix being 1, .*: l_ts \S+ \(cosine [+-]\S+\), l_cl \S+ .*, l_ce ', line)
+    (warning,) = [line for line in log.splitlines() if 'WARNING: l_cl ' in line]
+    assert 'iterations 1 to 5' in warning and warning.endswith('set train.cl_opt.semi_hard: true.')
+    assert 'softmax twice' in log
+    opt['name'], opt['train']['cl_opt']['type'] = 'mended', 'DynamicContrastiveLoss'
+    assert train.main(['-opt', write(opt)]) == 0
+    log = next(Path('experiments/mended').glob('*.log')).read_text()
+    assert 'WARNING: l_cl ' not in log and 'cl_left_out_1: ' in log
+    (row,) = logs.read_metrics(Path('experiments/mended/metrics.jsonl'))
+    assert len(row['left_out']) == 2 and 0 < row['left_out'][0] <= 1
+
+
 def test_a_loss_by_name_as_pixel_opt(opt):
     vqgan = dict(opt['network_vqgan'])
     opt['model_type'] = 'SRModel'

@@ -1,8 +1,12 @@
 """The dynamic contrastive loss of DCKD (AAAI 2025), Eq. 5.
 
 sum_i weight_i * |f_i^S - f_i^T| / sum_j |f_i^S - f_ij^Neg|, f_i being the levels of a frozen VQGAN encoder and |.| the
-mean over all elements of the batch. Reference: super-SSS/DCKD, `ContrasLoss`; guard and averaging over processes are
-ours.
+mean over all elements of the batch. Reference: super-SSS/DCKD, `ContrasLoss`; the selection of semi-hard negatives, the
+guard and the averaging over processes are ours.
+
+Semi-hard negatives are those that are farther from the anchor than the positive is (Schroff et al., FaceNet, CVPR
+2015). In the first iterations the history is nearly the student, so that its outputs are no such negatives: the ratio
+is large, and its gradient can be two hundred times that of a pixel loss.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from dckd_sr.errors import UserError
 
 _EPS = 1e-7  # added to the denominator, as released
 _BLOCK = 2**17  # elements
-_LEAST = 1e-5  # denominators below this part of the features' mean magnitude are no distance but rounding
+# A mean distance to the negatives below this part of the features' mean magnitude is rounding: equal networks that run
+# through different kernels (ops/winograd.py) differ by up to 4e-6.
+_LEAST = 3e-5
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -105,15 +111,17 @@ class DynamicContrastiveLoss(nn.Module):
         weights: one number per encoder level, from the finest.
         loss_weight: factor of the result.
         d_func: the distance; 'L1'.
-        guard: leave out a level whose denominator is below 1e-5 of the features' mean magnitude (its negatives equal
-            the student, and the ratio would explode), count it, and warn once; other levels are untouched.
+        semi_hard: leave out a level as long as its negatives are on average nearer to the student than the teacher is
+            (numerator > denominator / N): they are no lower bound yet. False is the loss as released.
+        guard: leave out a level whose negatives equal the student but for rounding (denominator / N below 3e-5 of the
+            features' mean magnitude), where the ratio would explode, and warn once. Levels that stay are untouched.
         reduce: with several processes, 'global' averages numerators and denominators over them before dividing, so that
             the loss does not depend on how the batch is spread; 'rank' divides on each, as released.
         reduction: 'mean'; the loss is a ratio of means.
         encoder: for use on images (`forward`): type, arguments and ``pretrain`` of the VQGAN.
 
-    After each call ``stats`` holds detached 0-d tensors on the device: ``numerator_<i>`` and ``denominator_<i>`` of
-    each level, and ``guarded``, how many levels were left out. Nothing here waits for the device but `report`.
+    After each call ``stats`` holds detached tensors of one number a level, on the device: ``numerator``,
+    ``denominator``, and ``left_out``, 1 where the level was left out. Nothing here waits for the device but `report`.
 
     Raises:
         UserError: an argument out of its choices, or an encoder with another number of levels than weights.
@@ -124,6 +132,7 @@ class DynamicContrastiveLoss(nn.Module):
         weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
         loss_weight=1.0,
         d_func='L1',
+        semi_hard=True,
         guard=True,
         reduce='global',
         reduction='mean',
@@ -139,12 +148,14 @@ class DynamicContrastiveLoss(nn.Module):
                 raise UserError(f"{name} of the contrastive loss must be {' or '.join(choices)}, not '{value}'")
         self.weights = tuple(weights)
         self.loss_weight = loss_weight
+        self.semi_hard = semi_hard
         self.guard = guard
         self.reduce = reduce
         self.stats = {}
         self.encoder = None if encoder is None else build_loss_encoder(encoder)
         self.compare = compare  # a compiled one may take its place
-        self.left_out = None  # device-side count since the last report
+        self.counts = None  # (2, levels) on the device: comparisons since the last report, and those left out
+        self.guarded = None  # the same, 0-d: levels left out by the guard
         self._warned = False
         if self.encoder is not None:
             self.check_levels(self.encoder.num_levels)
@@ -175,16 +186,23 @@ class DynamicContrastiveLoss(nn.Module):
 
     def from_parts(self, anchor, positive, parts):
         """`from_levels` for negatives that come in parts: an iterable of such lists, each taken once, in turn."""
+        return self._compared(anchor, positive, parts, self.semi_hard)
+
+    def _compared(self, anchor, positive, parts, semi_hard):
         self.check_levels(len(anchor))
         numerators = distances(anchor, [positive], self.compare)
-        denominators = distances(anchor, _checked(parts), self.compare)
-        return self._ratios(numerators, denominators, [a.detach().abs().mean() for a in anchor])
+        counted = _Counted(parts, len(anchor[0]))
+        denominators = distances(anchor, counted, self.compare)
+        magnitudes = torch.stack([level.detach().abs().mean() for level in anchor]).to(numerators.dtype)
+        sums = torch.stack([numerators, denominators, magnitudes])
+        return self._ratios(sums, counted.num_neg, semi_hard)
 
     def forward(self, pred, target):
         """The loss of images, as an ordinary BasicSR loss.
 
         The negatives of an image are the other targets of the batch; in a batch of one it is the target itself, shifted
-        cyclically by half its height and width.
+        cyclically by half its height and width. ``semi_hard`` has no effect here: such negatives are far from each
+        other at the start, and a loss that stood alone would begin with no gradient at all.
 
         Args:
             pred: (B, C, H, W) in [0, 1]; gradients flow to it.
@@ -211,52 +229,78 @@ class DynamicContrastiveLoss(nn.Module):
             parts = [[level[1:] for level in others]]
         else:  # one after the other, because each is a copy
             parts = ([level.roll(shift, 0) for level in others] for shift in range(1, count))
-        return self.from_parts(self.encoder(pred, codes=False).levels, positive, parts)
+        return self._compared(self.encoder(pred, codes=False).levels, positive, parts, semi_hard=False)
 
     def report(self):
-        """Fetch ``stats`` as floats, which waits for the device: call it when logging.
+        """What there is to log, as lists of one float a level, which waits for the device.
 
-        ``guarded`` counts the levels left out since the last report; if there are any, one warning a run says so.
-        Empty before the first comparison.
+        Returns:
+            dict: ``numerator`` and ``denominator`` of the last call, and ``left_out``, in which part of the calls since
+            the last report the level was left out. Empty before the first comparison. If the guard left out any, one
+            warning a run says so.
         """
-        left_out = 0 if self.left_out is None else int(self.left_out)
-        self.left_out = None
-        if left_out and not self._warned:
+        if not self.stats:
+            return {}
+        values = {name: self.stats[name].tolist() for name in ('numerator', 'denominator')}
+        counts = torch.zeros(2, len(self.weights)) if self.counts is None else self.counts
+        values['left_out'] = [part / max(1, calls) for calls, part in zip(*counts.tolist())]
+        guarded = 0 if self.guarded is None else int(self.guarded)
+        self.counts = self.guarded = None
+        if guarded and not self._warned:
             self._warned = True
             get_root_logger().warning(
-                f'Contrastive loss: a level was left out {left_out} time(s), because the negatives equal the student '
+                f'Contrastive loss: a level was left out {guarded} time(s), because the negatives equal the student '
                 'there (history network equal to the student, no degradation). guard: false keeps such levels.'
             )
-        values = {name: float(value) for name, value in self.stats.items()}
-        return {**values, 'guarded': float(left_out)} if values else {}
+        return values
 
-    def _ratios(self, numerators, denominators, magnitudes):
-        sums = torch.stack([numerators, denominators, torch.stack(magnitudes).to(numerators.dtype)])
+    def _ratios(self, sums, num_neg, semi_hard):
         if self.reduce == 'global' and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sums = _MeanOverRanks.apply(sums)
         numerators, denominators, magnitudes = sums.unbind()
         # A NaN compares false and stays in the sum, where it is seen.
-        left_out = denominators.detach() < (_LEAST if self.guard else 0) * magnitudes
+        distance = denominators.detach() / num_neg
+        guarded = distance < (_LEAST if self.guard else 0) * magnitudes
+        left_out = guarded | (numerators.detach() > distance) if semi_hard else guarded
         # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
         ratios = (numerators / (denominators + _EPS)).masked_fill(left_out, 0)
-        self._log(numerators.detach(), denominators.detach(), left_out.sum())
+        self._log(numerators.detach(), denominators.detach(), left_out, guarded)
         return self.loss_weight * sum(weight * ratio for weight, ratio in zip(self.weights, ratios.unbind()))
 
-    def _log(self, numerators, denominators, left_out):
-        self.stats = {f'numerator_{i}': value for i, value in enumerate(numerators.unbind())}
-        self.stats.update({f'denominator_{i}': value for i, value in enumerate(denominators.unbind())})
-        self.stats['guarded'] = left_out
-        self.left_out = left_out if self.left_out is None else self.left_out + left_out
+    def _log(self, numerators, denominators, left_out, guarded):
+        self.stats = {'numerator': numerators, 'denominator': denominators, 'left_out': left_out}
+        counts, guarded = torch.stack([torch.ones_like(left_out), left_out]).int(), guarded.sum()
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.guarded = guarded if self.guarded is None else self.guarded + guarded
 
 
-def _checked(parts):
-    """The parts, none of which may be empty."""
-    for part in parts:
-        if len(part[0]) == 0:
-            raise UserError('the contrastive loss needs negatives: num_neg must be 1 or more, or neg_clean true')
-        yield part
+class _Counted:
+    """Negatives that come in parts, none of which may be empty; ``num_neg`` counts them, an image's, as they go by."""
+
+    def __init__(self, parts, batch):
+        self.parts, self.batch, self.num_neg = parts, batch, 0
+
+    def __iter__(self):
+        for part in self.parts:
+            if len(part[0]) == 0:
+                raise UserError('the contrastive loss needs negatives: num_neg must be 1 or more, or neg_clean true')
+            self.num_neg += len(part[0]) // self.batch
+            yield part
 
 
 @LOSS_REGISTRY.register()
 class ContrasLoss(DynamicContrastiveLoss):
-    """`DynamicContrastiveLoss` under its released name."""
+    """`DynamicContrastiveLoss` under its released name, and as released: ``semi_hard`` is off unless asked for."""
+
+    def __init__(
+        self,
+        weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
+        loss_weight=1.0,
+        d_func='L1',
+        semi_hard=False,
+        guard=True,
+        reduce='global',
+        reduction='mean',
+        encoder=None,
+    ):
+        super().__init__(weights, loss_weight, d_func, semi_hard, guard, reduce, reduction, encoder)

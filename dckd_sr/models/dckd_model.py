@@ -40,6 +40,11 @@ class DCKDModel(KDModel):
         self.cri_lcr = self.build_criterion('lcr_opt')
         self.cri_cl = self.build_criterion('cl_opt')
         self.cri_ce = self.build_criterion('ce_opt')
+        if self.cri_ce is not None and self.cri_ce.form == 'released':
+            get_root_logger().info(
+                'l_ce hardly changes: form: released applies softmax twice, so that the loss stays near loss_weight x '
+                'ln(n_embed), also between equal images. What it does shows in its gradient (logger.gradients: true).'
+            )
         self.cri_fakd = self.build_criterion('fakd_opt')
         self.cri_csd = self.build_criterion('csd_opt')
         self.cri_mclir = self.build_criterion('mclir_opt')
@@ -232,29 +237,35 @@ class DCKDModel(KDModel):
     def get_current_log(self):
         log = super().get_current_log()
         if self.cri_cl is not None:
-            stats = self.cri_cl.report()
-            left_out = stats.pop('guarded', 0)
-            if left_out:
-                log['cl_levels_left_out'] = left_out
-            self.details = {  # for metrics.jsonl
-                part: [value for name, value in stats.items() if name.startswith(part)]
-                for part in ('numerator', 'denominator')
-            }
+            self.details = self.cri_cl.report()
+            for level, part in enumerate(self.details.get('left_out', ()), 1):
+                if part:
+                    log[f'cl_left_out_{level}'] = part
         return log
 
+    def remedy(self, name):
+        block = f'{name[2:]}_opt'
+        if name == 'l_cl' and not self.cri_cl.semi_hard:
+            return 'train.cl_opt.semi_hard: true'
+        if name in ('l_cl', 'l_ce', 'l_csd', 'l_mclir'):
+            return f'train.gradient_shares: {{{block}: 0.3}}, or a lower train.{block}.loss_weight'
+        return super().remedy(name)
+
     def extra_state(self):
-        """The history network, and how many levels the contrastive loss has left out since the last log line."""
+        """The history network, and how often the contrastive loss has left out levels since the last log line."""
         state = super().extra_state()
         if self.net_his is not None:
             state['net_his'] = self.net_his.state_dict()
         if self.cri_cl is not None:
-            state['levels_left_out'] = self.cri_cl.left_out
+            state['levels_left_out'] = {'counts': self.cri_cl.counts, 'guarded': self.cri_cl.guarded}
         return state
 
     def load_extra_state(self, state):
         super().load_extra_state(state)
         if self.cri_cl is not None:
-            self.cri_cl.left_out = state.get('levels_left_out')
+            left_out = state.get('levels_left_out')
+            if isinstance(left_out, dict):  # states of version 0.1 have one number
+                self.cri_cl.counts, self.cri_cl.guarded = left_out['counts'], left_out['guarded']
         if self.net_his is None:
             return
         if 'net_his' in state:

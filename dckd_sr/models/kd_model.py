@@ -59,6 +59,7 @@ class KDModel(SRModel):
                 get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
         logger_opt = self.opt.get('logger') or {}
         self.gradients, self.gradients_freq = {}, logger_opt.get('gradients') and logger_opt.get('print_freq', 100)
+        self.watch = gradients.Watch(train_opt.get('total_iter', 0))
         self.cri_pix = self.build_criterion('pixel_opt')
         self.cri_perceptual = self.build_criterion('perceptual_opt')
         self.cri_logits = self.build_criterion('logits_opt')
@@ -133,24 +134,65 @@ class KDModel(SRModel):
         self.mix(current_iter)
         terms = self.terms(current_iter)
         pulls = self.pulls(terms)
-        if self.gradients_freq and current_iter % self.gradients_freq == 0 and self.steps.due:
-            self.gradients = gradients.against_first(pulls, self.net_g.parameters(), self.steps.scaled)
+        self.measure(pulls, current_iter)
         self.steps.scaled(sum(pulls.values())).backward()
         self.optimizer_g.step()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         self.log_dict = self.reduce_loss_dict(terms)
 
+    def measure(self, pulls, current_iter):
+        """Each loss's gradient beside the first one's: where `watch` wants it, and at the log lines that ask for it."""
+        asked = self.gradients_freq and current_iter % self.gradients_freq == 0
+        # The graphs of these modes keep a gradient only until the next backward pass.
+        watched = self.watch.wants(current_iter) and self.run.compile_mode in (None, 'default')
+        if not self.steps.due or not (asked or watched):
+            return
+        try:
+            found = gradients.against_first(pulls, self.net_g.parameters(), self.steps.scaled)
+        except torch.OutOfMemoryError:
+            if asked:
+                raise
+            self.watch.starts = []  # nobody asked: the training goes on without
+            return
+        self.gradients = found if asked else {}
+        if watched:
+            self.watch.add(current_iter, found)
+
     def get_current_log(self):
         log = super().get_current_log()
         log.update((name, float(value)) for name, value in self.gradients.items())
         self.gradients = {}
+        self.tell_gradients()
         return log
 
+    def tell_gradients(self):
+        """One line about how strongly each loss pulls, and a warning about those that pull against the first one."""
+        first = next(iter(self.log_dict))
+        for span, sizes in self.watch.report():
+            text = ', '.join(f'{name} {size:.2g} (cosine {cosine:+.2f})' for name, (size, cosine) in sizes.items())
+            if text:
+                get_root_logger().info(f'Gradients, that of {first} being 1, in iterations {span}: {text}')
+            for name, (size, cosine) in sizes.items():
+                if -size * cosine > gradients.Watch.AGAINST:
+                    what = f'works against {first} with {-size * cosine:.2g} times its gradient'
+                elif size > gradients.Watch.LARGEST:
+                    what = f'has {size:.2g} times the gradient of {first}, which hardly counts beside it'
+                else:
+                    continue
+                get_root_logger().warning(f'{name} {what} (iterations {span}); set {self.remedy(name)}.')
+
+    def remedy(self, name):
+        """The key that weakens a loss, for a message about it."""
+        return 'its loss_weight lower'
+
     def extra_state(self):
-        """What a training state must hold besides BasicSR's entries: the scale of float16's gradients."""
-        return {} if self.run.scaler is None else {'scaler': self.run.scaler.state_dict()}
+        """What a training state must hold besides BasicSR's entries: the scale of float16's gradients, and the
+        measurement of gradients that is under way."""
+        scaler = {} if self.run.scaler is None else {'scaler': self.run.scaler.state_dict()}
+        return {**scaler, 'gradients': self.watch.found}
 
     def load_extra_state(self, state):
+        self.watch.found = state.get('gradients', [])
         if self.run.scaler is not None and state.get('scaler'):
             self.run.scaler.load_state_dict(state['scaler'])

@@ -75,3 +75,56 @@ def against_first(terms, parameters, scaled=lambda loss: loss):
         result[f'{name}_grad'] = norm / length
         result[f'{name}_cos'] = torch.where(product == 0, product, product / (norm * length))
     return result
+
+
+class Watch:
+    """How large each term's gradient is beside the first one's, in the first iterations and once more at a tenth.
+
+    Nothing here waits for the device but `report`.
+
+    Args:
+        total: iterations of the training.
+    """
+
+    LENGTH = 5  # iterations that are averaged
+    # A component against the first term's gradient above this part of its size is told. At the start of a student from
+    # random weights the released contrastive loss has 0.9, and costs decibels; measured trainings that did well are
+    # below 0.1 (docs/methods.md).
+    AGAINST = 0.3
+    LARGEST = 5  # times the first term's gradient: that term then hardly counts
+
+    def __init__(self, total):
+        self.starts = [start for start in (1, max(self.LENGTH + 1, total // 10)) if start <= total]
+        self.total = total
+        self.found = []  # (iteration, what `against_first` returned), until they are reported
+
+    def wants(self, iteration):
+        """Whether the gradients of this iteration are to be measured."""
+        return any(0 <= iteration - start < self.LENGTH for start in self.starts)
+
+    def add(self, iteration, found):
+        """Take what `against_first` returned."""
+        self.found.append((iteration, found))
+
+    def report(self):
+        """What has been measured in full and not been reported.
+
+        Returns:
+            list of (iterations as text, dict: name of a term -> (2-norm of its gradient over that of the first, cosine
+            between the two)), means over the iterations.
+        """
+        result, rest = [], []
+        for start in self.starts:
+            window = [(i, found) for i, found in self.found if 0 <= i - start < self.LENGTH]
+            last = min(start + self.LENGTH - 1, self.total)
+            if not window or window[-1][0] < last:
+                rest += window
+                continue
+            sizes = {}
+            for name in (key.removesuffix('_grad') for key in window[0][1] if key.endswith('_grad')):
+                norms = [float(found[f'{name}_grad']) for _, found in window]
+                along = [float(found[f'{name}_cos']) * norm for (_, found), norm in zip(window, norms)]
+                sizes[name] = sum(norms) / len(norms), sum(along) / (sum(norms) or 1)
+            result.append((f'{window[0][0]} to {last}' if window[0][0] < last else f'{last}', sizes))
+        self.found = rest
+        return result

@@ -1,5 +1,7 @@
 """The contrastive loss against the authors' numbers, a plain reference, and two processes against one."""
 
+import copy
+import itertools
 import json
 
 import dckd_sr  # noqa: F401  (first, for the spawned processes: it makes basicsr importable)
@@ -16,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dckd_sr.archs.vqgan_arch import VQGAN
 from dckd_sr.errors import UserError
-from dckd_sr.losses.contrastive_loss import DynamicContrastiveLoss
+from dckd_sr.losses.contrastive_loss import ContrasLoss, DynamicContrastiveLoss
+from dckd_sr.ops import winograd
 
 SHAPES = [(4, 6, 5), (3, 3, 2)]  # C, h, w of two levels
 ENCODER = {'type': 'VQGAN', **TINY_VQGAN, 'allow_random': True}
@@ -68,7 +71,7 @@ def test_any_batch_and_number_of_negatives(batch, num_neg):
     negatives = features(num_neg * batch, seed=2)
     for level in anchor:
         level.requires_grad_()
-    loss = DynamicContrastiveLoss(weights=[0.3, 2], loss_weight=0.5)
+    loss = DynamicContrastiveLoss(weights=[0.3, 2], loss_weight=0.5, semi_hard=False)
     value = loss.from_levels(anchor, positive, negatives)
     assert value.shape == ()
     np.testing.assert_allclose(value.item(), 0.5 * reference(anchor, positive, negatives, [0.3, 2]), rtol=1e-12)
@@ -81,16 +84,16 @@ def test_any_batch_and_number_of_negatives(batch, num_neg):
         ]
         up, down = (0.5 * reference(a, positive, negatives, [0.3, 2]) for a in moved)
         np.testing.assert_allclose((level.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-5)
-    assert set(loss.stats) == {'numerator_0', 'numerator_1', 'denominator_0', 'denominator_1', 'guarded'}
-    np.testing.assert_allclose(loss.stats['numerator_1'], (anchor[1] - positive[1]).detach().abs().mean())
+    assert set(loss.stats) == {'numerator', 'denominator', 'left_out'}
+    np.testing.assert_allclose(loss.stats['numerator'][1], (anchor[1] - positive[1]).detach().abs().mean())
     distances = (anchor[1].repeat(num_neg, 1, 1, 1) - negatives[1]).detach().abs().mean() * num_neg
-    np.testing.assert_allclose(loss.stats['denominator_1'], distances)
+    np.testing.assert_allclose(loss.stats['denominator'][1], distances)
     assert not any(value.requires_grad for value in loss.stats.values())
 
 
 def test_denominator_is_offset_as_released():
     anchor = [torch.zeros(1, 1, 1, 1, dtype=torch.float64)]
-    loss = DynamicContrastiveLoss(weights=[1])
+    loss = ContrasLoss(weights=[1])
     assert loss.from_levels(anchor, [anchor[0] + 1], [anchor[0] + 1e-7]).item() == pytest.approx(5e6)
 
 
@@ -103,50 +106,106 @@ def collapsed(distance, factor=1.0):
 
 def test_guard_leaves_out_collapsed_levels_only():
     anchor, positive, negatives = collapsed(0)
-    loss = DynamicContrastiveLoss(weights=[1, 1])
+    loss = ContrasLoss(weights=[1, 1])
     value = loss.from_levels(anchor, positive, negatives)
     value.backward()
-    alone = DynamicContrastiveLoss(weights=[1], guard=False).from_levels(anchor[:1], positive[:1], negatives[:1])
-    assert torch.equal(value, alone) and loss.stats['guarded'].item() == 1
+    alone = ContrasLoss(weights=[1], guard=False).from_levels(anchor[:1], positive[:1], negatives[:1])
+    assert torch.equal(value, alone) and loss.stats['left_out'].tolist() == [False, True]
     assert torch.equal(anchor[0].grad, torch.autograd.grad(alone, anchor[0])[0])
     assert torch.equal(anchor[1].grad, torch.zeros_like(anchor[1]))
-    free = DynamicContrastiveLoss(weights=[1, 1], guard=False)
-    assert free.from_levels(anchor, positive, negatives) > 1e6 and free.stats['guarded'].item() == 0
+    free = ContrasLoss(weights=[1, 1], guard=False)
+    assert free.from_levels(anchor, positive, negatives) > 1e6 and not free.stats['left_out'].any()
 
 
 @pytest.mark.parametrize('factor', [1e-3, 1.0, 1e3])
-def test_guard_is_relative_to_the_features(factor):
-    for distance, guarded in ((0.9e-5, 1), (1.1e-5, 0)):
+def test_guard_is_relative_to_the_features_and_the_number_of_negatives(factor):
+    for distance, guarded in ((0.9 * 3e-5 * 2, True), (1.1 * 3e-5 * 2, False)):  # two negatives
         levels = collapsed(distance * factor, factor)
-        loss = DynamicContrastiveLoss(weights=[1, 1])
+        loss = ContrasLoss(weights=[1, 1])
         value = loss.from_levels(*levels)
-        assert loss.stats['guarded'].item() == guarded
+        assert loss.stats['left_out'].tolist() == [False, guarded]
         if not guarded:
-            assert torch.equal(value, DynamicContrastiveLoss(weights=[1, 1], guard=False).from_levels(*levels))
+            assert torch.equal(value, ContrasLoss(weights=[1, 1], guard=False).from_levels(*levels))
+
+
+@pytest.mark.parametrize('channels', [96, 128])
+def test_guard_knows_the_rounding_of_other_kernels(channels):
+    """A history that equals the student runs through Winograd's convolutions, the student through torch's."""
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(
+        torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.Conv2d(channels, 96, 3, padding=1)
+    )
+    history = winograd.speed_up(copy.deepcopy(student).requires_grad_(False))
+    images = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        anchor, negative = student(images), history(images)
+    assert not torch.equal(anchor, negative), 'this processor has no other kernels to compare'
+    loss = ContrasLoss(weights=[1.0])
+    value = loss.from_levels([anchor], [anchor + 1], [negative.repeat(6, 1, 1, 1)])
+    assert value == 0 and loss.stats['left_out'].all()
+
+
+def test_semi_hard_leaves_out_levels_whose_negatives_are_nearer_than_the_teacher():
+    """Against the loss written out; the level that stays is untouched, in value and in gradient."""
+    anchor, positive, negatives = ([level.requires_grad_(i == 0) for level in features(2, seed=i)] for i in range(3))
+    negatives = [torch.cat([level, level + 0.5, level - 0.5]) for level in negatives]
+    near = [negatives[0], torch.cat([anchor[1].detach() + 0.1] * 3)]  # the second level's are hard negatives
+    loss = DynamicContrastiveLoss(weights=[0.5, 1])
+    value = loss.from_levels(anchor, positive, near)
+    value.backward()
+    assert loss.stats['left_out'].tolist() == [False, True]
+    np.testing.assert_allclose(value.item(), reference(anchor[:1], positive, near, [0.5]), rtol=1e-12)
+    alone = ContrasLoss(weights=[0.5]).from_levels(anchor[:1], positive[:1], near[:1])
+    assert torch.equal(anchor[0].grad, torch.autograd.grad(alone, anchor[0])[0])
+    assert torch.equal(anchor[1].grad, torch.zeros_like(anchor[1]))
+    both = DynamicContrastiveLoss(weights=[0.5, 1], semi_hard=False).from_levels(anchor, positive, near)
+    np.testing.assert_allclose(both.item(), reference(anchor, positive, near, [0.5, 1]), rtol=1e-12)
+    assert torch.equal(ContrasLoss(weights=[0.5, 1]).from_levels(anchor, positive, near), both)
+
+
+@pytest.mark.parametrize('num_neg', [1, 5])
+def test_semi_hard_compares_with_the_mean_over_negatives(num_neg):
+    anchor, positive = [torch.zeros(2, 1, 2, 2)], [torch.ones(2, 1, 2, 2)]
+    for distance, left_out in ((0.99, True), (1.01, False)):
+        negatives = [torch.full((2 * num_neg, 1, 2, 2), distance)]
+        for parts in ([negatives], ([negatives[0][2 * j : 2 * j + 2]] for j in range(num_neg))):
+            loss = DynamicContrastiveLoss(weights=[1])
+            value = loss.from_parts(anchor, positive, parts)
+            assert loss.stats['left_out'].tolist() == [left_out]
+            assert value.item() == pytest.approx(0 if left_out else 1 / (num_neg * distance))
 
 
 def test_guard_hides_no_nan():
-    anchor, positive, negatives = collapsed(1)
-    negatives[1][0, 0, 0, 0] = torch.nan
-    assert DynamicContrastiveLoss(weights=[1, 1]).from_levels(anchor, positive, negatives).isnan()
+    for hard in (False, True):
+        anchor, positive, negatives = collapsed(1)
+        negatives[1][0, 0, 0, 0] = torch.nan
+        assert DynamicContrastiveLoss([1, 1], semi_hard=hard).from_levels(anchor, positive, negatives).isnan()
+        positive[0][0, 0, 0, 0] = torch.nan
+        assert (
+            DynamicContrastiveLoss([1, 1], semi_hard=hard).from_levels(*collapsed(1)[:1], positive, features(4)).isnan()
+        )
 
 
-def test_report_warns_once(monkeypatch):
+def test_report_counts_and_warns_once(monkeypatch):
     warnings = []
     monkeypatch.setattr('dckd_sr.losses.contrastive_loss.get_root_logger', lambda: Logger(warnings))
-    loss = DynamicContrastiveLoss(weights=[1, 1])
+    loss = ContrasLoss(weights=[1, 1])
     assert loss.report() == {}
     loss.from_levels(*collapsed(1))
-    assert loss.report()['guarded'] == 0 and not warnings
+    assert loss.report()['left_out'] == [0, 0] and not warnings
     for _ in range(3):  # an earlier iteration than the last one is reported, too
         loss.from_levels(*collapsed(0))
     loss.from_levels(*collapsed(1))
     assert not warnings
     report = loss.report()
-    assert report['guarded'] == 3 and all(isinstance(value, float) for value in report.values())
+    assert report['left_out'] == [0, 0.75] and [len(values) for values in report.values()] == [2, 2, 2]
+    assert all(isinstance(value, float) for values in report.values() for value in values)
     assert len(warnings) == 1 and '3 time(s)' in warnings[0]
     loss.from_levels(*collapsed(0))
-    assert loss.report()['guarded'] == 1 and len(warnings) == 1
+    assert loss.report()['left_out'] == [0, 1] and len(warnings) == 1
+    hard = DynamicContrastiveLoss(weights=[1, 1])
+    hard.from_levels(*collapsed(0.1))
+    assert hard.report()['left_out'][1] == 1 and len(warnings) == 1  # what is usual at a start is no warning
 
 
 class Logger:
@@ -158,7 +217,7 @@ class Logger:
 def test_half_precision_features(dtype):
     """The ratio is formed in float32: half precision could not tell it from its neighbours."""
     anchor, positive, negatives = features(2, dtype), features(2, dtype, 1), features(4, dtype, 2)
-    value = DynamicContrastiveLoss(weights=[1, 1]).from_levels(anchor, positive, negatives)
+    value = ContrasLoss(weights=[1, 1]).from_levels(anchor, positive, negatives)
     assert value.dtype == torch.float32
     np.testing.assert_allclose(value.item(), reference(anchor, positive, negatives, [1, 1]), rtol=1e-6)
 
@@ -179,7 +238,7 @@ def test_on_images_the_other_targets_are_the_negatives():
     s, t = (loss.encoder(images, codes=False).levels for images in (pred, target))
     rolled = [torch.cat([level.roll(1, 0), level.roll(2, 0)]) for level in t]
     np.testing.assert_allclose(value.item(), 2 * reference(s, t, rolled, [0.5, 1]), rtol=1e-5)
-    expected = loss.from_levels(s, t, rolled)
+    expected = ContrasLoss([0.5, 1], 2).from_levels(s, t, rolled)
     torch.testing.assert_close(*(torch.autograd.grad(loss, pred, retain_graph=True)[0] for loss in (value, expected)))
 
 
@@ -249,19 +308,20 @@ def one_rank(rank, folder):
     for collapse in (False, True):
         x, positive, negatives = batch_of_four(collapse)
         own = [rows(levels, n, 2 * rank, 2 * rank + 2) for levels, n in ((x, 1), (positive, 1), (negatives, 3))]
-        for reduce in ('global', 'rank'):
+        for reduce, semi_hard in itertools.product(('global', 'rank'), (False, True)):
             net.zero_grad()
-            loss = DynamicContrastiveLoss([0.5, 1], reduce=reduce)
+            loss = DynamicContrastiveLoss([0.5, 1], reduce=reduce, semi_hard=semi_hard)
             value = loss.from_levels(net(own[0]), *own[1:])
             value.backward()
-            found[f'{reduce} {collapse}'] = [value.item(), net.module.factor.grad.item(), loss.stats['guarded'].item()]
+            left_out = loss.stats['left_out'].tolist()
+            found[f'{reduce} {semi_hard} {collapse}'] = [value.item(), net.module.factor.grad.item(), left_out]
     with open(f'{folder}/{rank}.json', 'w') as file:
         json.dump(found, file)
     torch.distributed.destroy_process_group()
 
 
 def batch_of_four(collapse_on_first_rank):
-    x, positive, negatives = features(4), features(4, seed=1), features(12, seed=2)
+    x, positive, negatives = features(4), features(4, seed=1), [2 * level for level in features(12, seed=2)]
     if collapse_on_first_rank:
         for j in range(3):
             negatives[1][4 * j : 4 * j + 2] = x[1][:2] * 1.5
@@ -269,19 +329,24 @@ def batch_of_four(collapse_on_first_rank):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """2 x B equals 1 x 2B with reduce: global, also where the guard would fire on one process alone; rank does not."""
+    """2 x B equals 1 x 2B with reduce: global, also where one process alone would leave a level out; rank does not."""
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1))
-    for collapse in (False, True):
-        net, loss = Scale(), DynamicContrastiveLoss([0.5, 1])
+    for collapse, semi_hard in itertools.product((False, True), (False, True)):
+        net, loss = Scale(), DynamicContrastiveLoss([0.5, 1], semi_hard=semi_hard)
         x, positive, negatives = batch_of_four(collapse)
         value = loss.from_levels(net(x), positive, negatives)
         value.backward()
+        case = f'{semi_hard} {collapse}'
         for found in (first, second):
-            expected = [value.item(), net.factor.grad.item(), 0]
-            np.testing.assert_allclose(found[f'global {collapse}'], expected, rtol=1e-12)
+            np.testing.assert_allclose(
+                found[f'global {case}'][:2], [value.item(), net.factor.grad.item()], rtol=1e-12, err_msg=case
+            )
+            assert found[f'global {case}'][2] == loss.stats['left_out'].tolist()
         own = [rows(levels, n, 0, 2) for levels, n in ((net(x), 1), (positive, 1), (negatives, 3))]
-        alone = DynamicContrastiveLoss([0.5, 1]).from_levels(*own).item()
-        np.testing.assert_allclose(first[f'rank {collapse}'][0], alone, rtol=1e-12)
-        assert first[f'rank {collapse}'][0] != second[f'rank {collapse}'][0]
-        assert first[f'rank {collapse}'][2] == int(collapse)
+        alone = DynamicContrastiveLoss([0.5, 1], semi_hard=semi_hard).from_levels(*own).item()
+        np.testing.assert_allclose(first[f'rank {case}'][0], alone, rtol=1e-12)
+        assert first[f'rank {case}'][0] != second[f'rank {case}'][0]
+        assert first[f'rank {case}'][2][1] is collapse
+    # The two ways to decide differ here: the second process alone would have kept the level.
+    assert first['global True True'][2] == [False, True] and second['rank True True'][2] == [False, False]

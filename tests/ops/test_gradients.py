@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dckd_sr.ops.gradients import against_first, with_shares
+from dckd_sr.ops.gradients import Watch, against_first, with_shares
 
 
 @pytest.fixture
@@ -71,3 +71,44 @@ def test_shares_of_nothing_and_of_losses_without_gradient_are_nothing(weights):
     alone = with_shares({'cl': (output**2).sum()}, output, {'cl': 1})
     alone['cl'].backward()
     assert not weights[0].grad.any()
+
+
+def fed(watch, iterations, along=1.0):
+    """A watch that got the gradient of one term: of size i in iteration i, and of this cosine."""
+    for iteration in iterations:
+        if watch.wants(iteration):
+            watch.add(iteration, {'l_cl_grad': torch.tensor(float(iteration)), 'l_cl_cos': torch.tensor(along)})
+    return watch
+
+
+@pytest.mark.parametrize(
+    'total, expected',
+    [
+        (1, [('1', 1)]),
+        (3, [('1 to 3', 2)]),
+        (7, [('1 to 5', 3), ('6 to 7', 6.5)]),
+        (1000, [('1 to 5', 3), ('100 to 104', 102)]),
+    ],
+)
+def test_watch_measures_the_first_iterations_and_once_more_at_a_tenth(total, expected):
+    report = fed(Watch(total), range(1, total + 1), -0.5).report()
+    assert [(span, sizes['l_cl'][0]) for span, sizes in report] == expected
+    assert all(sizes['l_cl'][1] == -0.5 for _, sizes in report)
+
+
+def test_watch_reports_each_window_once_and_not_before_its_end():
+    watch = fed(Watch(1000), range(1, 5))
+    assert watch.report() == []
+    assert len(fed(watch, range(5, 6)).report()) == 1
+    assert fed(watch, range(6, 103)).report() == []  # in the midst of the second
+    resumed = Watch(1000)
+    resumed.found = watch.found
+    assert fed(resumed, range(103, 200)).report() == [('100 to 104', {'l_cl': (102, 1)})]
+    assert Watch(1000).report() == []
+
+
+def test_watch_weighs_the_cosine_by_the_size():
+    watch = Watch(2)
+    for iteration, size, cosine in ((1, 9.0, -1.0), (2, 1.0, 1.0)):
+        watch.add(iteration, {'l_cl_grad': torch.tensor(size), 'l_cl_cos': torch.tensor(cosine)})
+    assert watch.report() == [('1 to 2', {'l_cl': (5, -0.8)})]
