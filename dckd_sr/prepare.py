@@ -32,8 +32,8 @@ def main(argv=None):
         result = args.run(args)
     except OSError as error:
         raise UserError(f'{error.filename}: {error.strerror}') from error
-    if result.alpha:
-        print(f'alpha channel dropped, colours as stored: {some(result.alpha)}')
+    for what, names in result.lost.items():
+        print(f'{what}: {some(names)}')
     for problem in result.problems:
         print(problem, file=sys.stdout if args.command == 'check' else sys.stderr)
     print(result.summary)
@@ -228,9 +228,8 @@ def _encode(item):
     """(key, PNG file, shape) of an image, or the Outcome that tells what is wrong."""
     key, path, level = item
     try:
-        image, alpha = read_image(path)
-        outcome = Outcome(alpha=alpha and os.path.basename(path))
-        return outcome, key, jobs.encode_png(image, path, level), image.shape
+        image, lost = read_image(path)
+        return Outcome(lost=lost), key, jobs.encode_png(image, path, level), image.shape
     except UserError as error:
         return Outcome(problem=str(error)), key, b'', ()
 
@@ -241,8 +240,7 @@ def _fit(encoded, result):
             result.problems.append(outcome.problem)
         else:
             yield tuple(entry)
-        if outcome.alpha:
-            result.alpha.append(outcome.alpha)
+        result.add_lost(outcome.lost)
 
 
 def get_data(args):

@@ -9,12 +9,14 @@ import pickle
 import shutil
 import socket
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
 import cv2
 import lmdb
 import numpy as np
+import tifffile
 import torch
 from basicsr.archs import build_network
 from PIL import Image
@@ -356,6 +358,19 @@ def _(run):
     content = bytearray(Path('HR/1.png').read_bytes())
     content[60:90] = bytes(30)
     Path('HR/1.png').write_bytes(content)
+
+
+@mistake('an archive named .png')
+def _(run):
+    with zipfile.ZipFile('LR/1.png', 'w') as archive:
+        archive.write('HR/0.png')
+
+
+@mistake('a JPEG with damage inside')
+def _(run):
+    as_jpeg(run)
+    content = Path('LR/1.jpg').read_bytes()
+    Path('LR/1.jpg').write_bytes(content[: content.find(b'\xff\xda') + 40] + content[-2:])
 
 
 @mistake('text named .png')
@@ -742,6 +757,27 @@ def both(kind, pixels):
 both('a grayscale image', lambda folder, size: save(folder / '1.png', image(size, size, 1)))
 both('an image with alpha', lambda folder, size: save(folder / '1.png', image(size, size, 4)))
 both('an image of 16 bits', lambda folder, size: save(folder / '1.png', image(size, size, 3, np.uint16)))
+
+
+def turned(folder, size):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(image(size, size)).save(folder / '1.png', exif=exif)
+
+
+both('an image with an orientation', turned)
+both(
+    'a TIFF of 16 bits with its colours apart',
+    lambda folder, size: tifffile.imwrite(
+        folder / '1.tif', np.moveaxis(image(size, size, 3, np.uint16), 2, 0), photometric='rgb', planarconfig='separate'
+    ),
+)
+both(
+    'an animation',
+    lambda folder, size: Image.fromarray(image(size, size)).save(
+        folder / '1.webp', save_all=True, append_images=[Image.new('RGB', (size, size))]
+    ),
+)
 
 
 @works('CMYK JPEG')

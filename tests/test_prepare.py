@@ -114,6 +114,13 @@ def test_sr_of_every_kind_of_image(tmp_path, capsys):
     save('in/rgba.png', np.dstack([colour, colour[..., 0]]))
     save('in/photo.jpg', colour)
     Image.fromarray(colour).convert('P').save('in/palette.png')
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(colour[:20, :, ::-1]).save('in/turned.png', exif=exif)
+    Image.fromarray(colour[..., ::-1]).save(
+        'in/moving.png', save_all=True, append_images=[Image.fromarray(255 - colour)]
+    )
+    Image.new('CMYK', (24, 24), (9, 50, 90, 3)).save('in/print.jpg')
     run('sr', 'in', 'out', '--scales', 2)
     assert np.array_equal(load('out/LR_bicubic/X2/grayx2.png'), imresize(colour[..., 0], 0.5))
     assert np.array_equal(load('out/LR_bicubic/X2/deepx2.png'), imresize(deep, 0.5))
@@ -121,7 +128,13 @@ def test_sr_of_every_kind_of_image(tmp_path, capsys):
     assert np.array_equal(load('out/HR/rgba.png'), colour), 'alpha dropped, as in the LR'
     assert np.array_equal(load('out/HR/photo.png'), load('in/photo.jpg'))
     assert np.array_equal(load('out/LR_bicubic/X2/palettex2.png'), imresize(load('in/palette.png'), 0.5))
-    assert 'alpha channel dropped, colours as stored: rgba.png' in capsys.readouterr().out
+    # What other programs would read otherwise is written anew.
+    assert np.array_equal(load('out/HR/turned.png'), np.rot90(colour[:20], -1))
+    assert np.array_equal(load('out/HR/moving.png'), colour) and b'acTL' not in Path('out/HR/moving.png').read_bytes()
+    out = capsys.readouterr().out
+    assert 'alpha channel dropped, colours as stored: rgba.png\n' in out
+    assert 'the first of 2 frames: moving.png\n' in out
+    assert 'CMYK became sRGB without a profile, so its colours are approximate: print.jpg\n' in out
 
 
 def test_unfit_images_are_named_and_the_others_made(capfd, tmp_path):
@@ -134,23 +147,23 @@ def test_unfit_images_are_named_and_the_others_made(capfd, tmp_path):
     Path('in/whole.jpg').write_bytes(content[:2] + thumbnail + content[2:])
     Path('in/cut.jpg').write_bytes(content[:2] + thumbnail + content[2:-200])
     broken = bytearray(cv2.imencode('.png', photo(24, 24))[1].tobytes())
-    broken[len(broken) // 2] ^= 255  # libpng has its own words for it, which are not shown
+    broken[len(broken) // 2] ^= 255  # libpng has its own words for it
     Path('in/broken.png').write_bytes(broken)
     Path('in/text.png').write_text('hello')
     Path('in/empty.png').write_bytes(b'')
-    Image.new('CMYK', (24, 24), (9, 50, 90, 3)).save('in/print.jpg')
     run('sr', 'in', 'out', '--scales', 4, code=1, workers=2)
     out, problems = capfd.readouterr()
+    damage = next(line for line in problems.splitlines() if 'broken.png' in line)
+    assert damage.startswith('not an image, or damaged: in/broken.png: libpng error: ')
     assert problems.splitlines() == [
-        'CMYK, not RGB: in/print.jpg (convert it with its colour profile first)',
         'empty file: in/empty.png',
         'in/floats.tiff has float32 values; 8 or 16 bit images are needed',
-        'not an image, or damaged: in/broken.png',
+        damage,
         'not an image, or damaged: in/text.png',
         'too small: in/tiny.png is 24x3, at least 4 pixels are needed',
         'truncated file: in/cut.jpg',
     ]
-    assert 'of 2 images; 7 problems' in out
+    assert 'of 2 images; 6 problems' in out
     assert names('out/LR_bicubic/X4') == ['goodx4.png', 'wholex4.png'] and names('out/HR') == ['good.png', 'whole.png']
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 
-import cv2
 import numpy as np
-from PIL import Image
 
+from dckd_sr.data import decoding
+from dckd_sr.data.decoding import SUFFIXES
 from dckd_sr.errors import UserError
-
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
 def image_names(folder: str) -> list[str]:
@@ -27,13 +23,13 @@ def image_names(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f'folder not found: {folder}')
     with os.scandir(folder) as entries:
-        entries = [e for e in entries if not e.name.startswith('.') and e.name.lower().endswith(IMAGE_SUFFIXES)]
+        entries = [e for e in entries if not e.name.startswith('.') and e.name.lower().endswith(SUFFIXES)]
     dangling = sorted(e.path for e in entries if e.is_symlink() and not os.path.exists(e.path))
     if dangling:
         raise UserError(f'links that lead nowhere: {", ".join(dangling[:3])}')
     names = sorted(e.name for e in entries if e.is_file())
     if not names:
-        raise UserError(f'no images in {folder} (looked for {", ".join(IMAGE_SUFFIXES)})')
+        raise UserError(f'no images in {folder} (looked for {", ".join(SUFFIXES)})')
     return names
 
 
@@ -190,80 +186,32 @@ def read_bytes(path: str) -> bytes:
 
 
 def decode(content: bytes, name: str) -> np.ndarray:
-    """Decode an image file's bytes to (h, w, 3) BGR, uint8 or uint16.
+    """Decode an image file's bytes to (h, w, 3) BGR, uint8 or uint16, for datasets.
 
-    Grayscale becomes three equal channels; alpha is dropped, with one warning per process.
-
-    Raises:
-        UserError: not an image, damaged, or of another value type; the message has ``name``.
-    """
-    image = decode_stored(content, name)
-    if image.shape[2] in (2, 4):
-        _warn_alpha()
-        image = image[..., :-1]
-    if image.shape[2] == 1:
-        image = np.repeat(image, 3, axis=2)
-    return np.ascontiguousarray(image)
-
-
-def decode_stored(content: bytes, name: str) -> np.ndarray:
-    """Decode an image file's bytes to (h, w, c) with the channels it has: gray, BGR or BGRA; uint8 or uint16.
+    Grayscale becomes three equal channels; alpha is dropped. What is lost is a warning, each kind once per process, and
+    what libraries say about a file is one, too.
 
     Raises:
-        UserError: as `decode`.
+        UserError: as `decoding.decode`.
     """
-    # UNCHANGED keeps 16 bits and tells of alpha, but it ignores the camera's orientation that JPEG files carry.
-    is_jpeg = content[:2] == b'\xff\xd8'
-    if is_truncated(content):
-        raise UserError(f'truncated file: {name}')
-    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if is_jpeg else cv2.IMREAD_UNCHANGED
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UserError(f'not an image, or damaged: {name}')
-    if image.dtype not in (np.uint8, np.uint16):
-        raise UserError(f'{name} has {image.dtype} values; 8 or 16 bit images are needed')
-    return image if image.ndim == 3 else image[..., None]
+    image = decoding.decode(content, name)
+    for text in image.lost:
+        _warn(text, f'{name}: {text} (said once, of the first such image)')
+    for text in image.remarks:
+        _warn((name, text), f'{name}: {text}')
+    pixels = image.pixels
+    if pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    return np.ascontiguousarray(pixels)
 
 
-def is_truncated(content: bytes) -> bool:
-    """Whether a JPEG or PNG file lacks its end; OpenCV decodes such files, with gray where data are missing."""
-    ends = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
-    if content[:2] not in ends:
-        return False
-    # A camera's thumbnail, which lies in the header, has an end of its own.
-    start = _jpeg_scan(content) if content[:2] == b'\xff\xd8' else 0
-    return content.find(ends[content[:2]], start) < 0
+def _warn(what, text):
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(text, stacklevel=3)
 
 
-def _jpeg_scan(content):
-    """Where the picture's data begin: headers are 0xff, a marker and a length; 0 if they cannot be followed."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        if content[at + 1] == 0xDA:
-            return at
-        at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], 'big')
-    return 0
-
-
-def is_cmyk(content: bytes) -> bool:
-    """Whether a JPEG or TIFF file holds print colours; without their profile they decode to approximate ones."""
-    if content[:2] not in (b'\xff\xd8', b'II', b'MM'):
-        return False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            with Image.open(io.BytesIO(content)) as image:
-                return image.mode == 'CMYK'
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-@lru_cache(maxsize=1)
-def _warn_alpha():
-    warnings.warn('images with an alpha channel: it is dropped, the colours stay as they are', stacklevel=3)
+_warned = set()
 
 
 def check_image_file(path: str) -> str | None:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dckd_sr.data.files import decode_stored
+from dckd_sr.data.decoding import decode
 from dckd_sr.errors import UserError
 from dckd_sr.processes import end_with_parent
 
@@ -150,8 +150,9 @@ def write_png(image: np.ndarray, path: str, replace: bool = False) -> None:
     """
     if os.path.exists(path) and not replace:
         with open(path, 'rb') as file:
-            present = decode_stored(file.read(), path)
-        if present.dtype != image.dtype or not np.array_equal(present, image):
+            present = decode(file.read(), path)
+        same = present.plain and present.pixels.dtype == image.dtype and np.array_equal(present.pixels, image)
+        if not same:
             raise UserError(f'{path} exists and differs from what would be written: move it or name another folder')
         return
     write_atomically(path, lambda temporary: _write(temporary, encode_png(image, path)))

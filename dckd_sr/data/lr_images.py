@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dckd_sr.data import jobs, pair_sizes
+from dckd_sr.data.decoding import decode
 from dckd_sr.data.files import read_bytes
 from dckd_sr.data.preparing import (
     Outcome,
-    decoded,
+    pixels_of,
     read_image,
     ready_text,
     refuse_inside,
@@ -69,8 +70,8 @@ def make_sr(args):
 
 
 def _sr(job, ours):
-    content = read_bytes(job.path)
-    image, alpha = decoded(content, job.path)
+    stored = decode(read_bytes(job.path), job.path)
+    image, lost = pixels_of(stored, job.path)
     least = max(job.crop, *job.lr_out)
     if min(image.shape[:2]) < least:
         raise UserError(f'too small: {job.path} is {size_text(image)}, at least {least} pixels are needed')
@@ -79,7 +80,7 @@ def _sr(job, ours):
     files = []
     if job.hr_out:
         replace = os.path.normpath(job.hr_out) in ours
-        if job.crop == 1 and content[:4] == b'\x89PNG' and not alpha:
+        if job.crop == 1 and stored.plain:
             jobs.place(job.path, job.hr_out, job.copy, replace)
         else:
             jobs.write_png(image, job.hr_out, replace)
@@ -88,7 +89,7 @@ def _sr(job, ours):
         low = imresize(modcrop(image, scale), 1 / scale, job.convention)
         jobs.write_png(low, path, os.path.normpath(path) in ours)
         files.append(path)
-    return Outcome(files, alpha=alpha and os.path.basename(job.path))
+    return Outcome(files, lost=lost)
 
 
 @dataclass
@@ -154,10 +155,10 @@ def _lr_scales(args):
 
 
 def _subimages(job, ours):
-    images, alpha = {}, False
+    images, losses = {}, []
     for scale, path in job.sources.items():
-        images[scale], had_alpha = read_image(path)
-        alpha = alpha or had_alpha
+        images[scale], lost = read_image(path)
+        losses += lost
     multiple = math.lcm(*images)
     height, width = modcrop(images[1], multiple).shape[:2]
     if min(height, width) < job.size:
@@ -175,7 +176,7 @@ def _subimages(job, ours):
             crop = image[top // scale : top // scale + side, left // scale : left // scale + side]
             jobs.write_png(np.ascontiguousarray(crop), path, os.path.normpath(path) in ours)
             files.append(path)
-    return Outcome(files, alpha=alpha and os.path.basename(job.path))
+    return Outcome(files, lost=losses)
 
 
 def _places(length, job):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from dckd_sr import locks
 from dckd_sr.data import jobs, pair_sizes
+from dckd_sr.data.decoding import decode
 from dckd_sr.data.files import lmdb_keys, read_bytes, read_lmdb
-from dckd_sr.data.preparing import Result, decoded, refuse_inside, stems_of, unfit_text
+from dckd_sr.data.preparing import Result, pixels_of, refuse_inside, stems_of, unfit_text
 from dckd_sr.errors import UserError
 
 RAIN_TEST_SETS = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
@@ -110,9 +111,9 @@ def check(args):
         todo.append(CheckJob((args.gt, name), partner, args.scale, args.gt_size))
     result.problems += [f'unpaired: {args.lq}/{low[s]} has no partner in {args.gt}' for s in low if s not in used]
     rests = 0
-    for problems, alpha, has_rest in jobs.run(_check, todo, args.workers, args.command):
+    for problems, lost, has_rest in jobs.run(_check, todo, args.workers, args.command):
         result.problems += problems
-        result.alpha += alpha
+        result.add_lost(lost)
         rests += has_rest
     result.problems.sort()
     images = f'{len(high)} pairs' if args.lq else f'{len(high)} images'
@@ -128,24 +129,24 @@ def _entries(folder):
 
 
 def _check(job):
-    """(problems, names with alpha, whether the GT is no multiple of the scale) of one pair."""
-    problems, alphas, images = [], [], []
+    """(problems, what was lost, whether the GT is no multiple of the scale) of one pair."""
+    problems, losses, images = [], [], []
     for folder, name in filter(None, (job.gt, job.lq)):
         path = os.path.join(folder, name)
         try:
             content = read_lmdb(folder, name) if folder.endswith('.lmdb') else read_bytes(path)
-            image, alpha = decoded(content, path)
+            image, lost = pixels_of(decode(content, path), path)
         except UserError as error:
             problems.append(f'unreadable: {error}')
             continue
         images.append(image)
-        alphas += [name] if alpha else []
+        losses += lost
     if not images or (problems and job.lq):
-        return problems, alphas, False
+        return problems, losses, False
     (height, width), path = images[0].shape[:2], os.path.join(*job.gt)
     if min(height, width) // job.scale * job.scale < max(job.gt_size, job.scale):
         problems.append(f'too small: {path} is {width}x{height}, at least {max(job.gt_size, job.scale)} are needed')
     if len(images) == 2:
         problem = pair_sizes.misfit(path, images[0].shape, os.path.join(*job.lq), images[1].shape, job.scale)
         problems += [f'mismatched: {problem}'] if problem else []
-    return problems, alphas, bool(height % job.scale or width % job.scale)
+    return problems, losses, bool(height % job.scale or width % job.scale)

@@ -13,44 +13,50 @@ import numpy as np
 
 from dckd_sr import locks
 from dckd_sr.data import jobs
-from dckd_sr.data.files import decode_stored, image_names, is_cmyk, read_bytes
+from dckd_sr.data.decoding import Decoded, decode
+from dckd_sr.data.files import image_names, read_bytes
 from dckd_sr.errors import UserError
 
 
 @dataclass
 class Result:
-    """What a command says at its end: the summary, one line per unfit image, names of images that had alpha."""
+    """What a command says at its end: the summary, one line per unfit image, {what was lost: names of images}."""
 
     summary: str = ''
     problems: list = field(default_factory=list)
-    alpha: list = field(default_factory=list)
+    lost: dict = field(default_factory=dict)
+
+    def add_lost(self, lost: Iterable[tuple[str, str]]) -> None:
+        """Note (what was lost, name of the image)."""
+        for what, name in lost:
+            self.lost.setdefault(what, []).append(name)
 
 
 @dataclass
 class Outcome:
-    """What a job on one image says: files written, what is unfit, the name of an image that had alpha."""
+    """What a job on one image says: files written, what is unfit, (what was lost, name of the image)."""
 
     files: list = field(default_factory=list)
     problem: str | None = None
-    alpha: str | None = None
+    lost: list = field(default_factory=list)
 
 
-def read_image(path: str) -> tuple[np.ndarray, bool]:
-    """Decode a file to (h, w, 1) gray or (h, w, 3) BGR, 8 or 16 bit as stored, and whether alpha was dropped.
+def read_image(path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Decode a file to (h, w, 1) gray or (h, w, 3) BGR, 8 or 16 bit as stored.
+
+    Returns:
+        the pixels, and what was lost of the image: (what, its name).
 
     Raises:
-        UserError: unreadable, damaged, or print colours (CMYK).
+        UserError: unreadable or damaged.
     """
-    return decoded(read_bytes(path), path)
+    return pixels_of(decode(read_bytes(path), path), path)
 
 
-def decoded(content: bytes, name: str) -> tuple[np.ndarray, bool]:
-    """As `read_image`, of a file's content; ``name`` is for messages."""
-    if is_cmyk(content):
-        raise UserError(f'CMYK, not RGB: {name} (convert it with its colour profile first)')
-    image = decode_stored(content, name)
-    alpha = image.shape[2] in (2, 4)
-    return np.ascontiguousarray(image[..., :-1] if alpha else image), alpha
+def pixels_of(image: Decoded, path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """As `read_image`, of an image that is decoded."""
+    lost = [(what, os.path.basename(path)) for what in (*image.lost, *image.remarks)]
+    return np.ascontiguousarray(image.pixels), lost
 
 
 def stems_of(folder: str) -> dict[str, str]:
@@ -106,8 +112,7 @@ def run_jobs(
                 for path in before[key] - {os.path.normpath(path) for path in outcome.files}:
                     os.unlink(path)  # of a source that had more crops when it was larger
                 record.add(key, stamps[key], outcome.files)
-            if outcome.alpha:
-                result.alpha.append(outcome.alpha)
+            result.add_lost(outcome.lost)
     result.problems.sort()
     return result, len(todo) - len(open_jobs)
 

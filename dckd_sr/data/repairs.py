@@ -6,8 +6,11 @@ Lines are those of basicsr/data/data_util.py unless another file is named.
 from __future__ import annotations
 
 import os
+import sys
 
 import cv2
+import numpy as np
+import torch
 from basicsr.data import (
     data_util,
     ffhq_dataset,
@@ -16,14 +19,13 @@ from basicsr.data import (
     realesrgan_paired_dataset,
     single_image_dataset,
 )
-from basicsr.data.transforms import augment, paired_random_crop
-from basicsr.utils import FileClient, bgr2ycbcr, img2tensor
-from basicsr.utils.file_client import LmdbBackend
-from basicsr.utils.img_util import imfrombytes as _imfrombytes
+from basicsr.data.transforms import augment, mod_crop, paired_random_crop
+from basicsr.utils import FileClient, bgr2ycbcr, img2tensor, img_util
+from basicsr.utils.file_client import HardDiskBackend, LmdbBackend
 from torchvision.transforms.functional import normalize
 
-from dckd_sr.data import pair_sizes
-from dckd_sr.data.files import find_partners, image_names, is_truncated, lmdb_keys, meta_info_names, read_lmdb
+from dckd_sr.data import decoding, pair_sizes
+from dckd_sr.data.files import decode, find_partners, image_names, lmdb_keys, meta_info_names, view_lmdb
 from dckd_sr.errors import UserError
 
 _DATASETS = (ffhq_dataset, paired_image_dataset, realesrgan_dataset, realesrgan_paired_dataset, single_image_dataset)
@@ -37,13 +39,16 @@ def apply():
         paired_paths_from_lmdb,
         paths_from_folder,
         paths_from_lmdb,
-        imfrombytes,
     ):
         for module in (data_util, *_DATASETS):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
     single_image_dataset.scandir = scan_images
-    LmdbBackend.__init__, LmdbBackend.get = lmdb_init, lmdb_get
+    LmdbBackend.__init__, LmdbBackend.get, HardDiskBackend.get = lmdb_init, lmdb_get, disk_get
+    for function in (img_util.imfrombytes, data_util.read_img_seq):
+        for module in list(sys.modules.values()):
+            if getattr(module, '__name__', '').startswith('basicsr') and hasattr(module, function.__name__):
+                setattr(module, function.__name__, globals()[function.__name__])
     for cls in (
         paired_image_dataset.PairedImageDataset,
         realesrgan_paired_dataset.RealESRGANPairedDataset,
@@ -103,13 +108,50 @@ def scan_images(folder, suffix=None, recursive=False, full_path=False):
 
 
 def imfrombytes(content, flag='color', float32=False):
-    """utils/img_util.py:129-131 fails on an unreadable image with a word about NoneType, and reads truncated ones."""
-    if is_truncated(content):
-        raise ValueError('truncated image file')
+    """utils/img_util.py:114-134 reads other pixels than the other commands, cuts 16 bits to 8, reads truncated images,
+    and fails on unreadable ones with a word about NoneType.
+    """
+    name = getattr(content, 'name', 'an image')
     try:
-        return _imfrombytes(content, flag, float32)
-    except (AttributeError, TypeError, cv2.error):
-        raise ValueError('not an image, or damaged') from None
+        if flag == 'unchanged':
+            image = decoding.decode(content, name)
+            image = image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
+            image = image[..., 0] if image.shape[2] == 1 else image
+        else:
+            image = decode(content, name)
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if flag == 'grayscale' else image
+    except UserError as error:
+        raise ValueError(str(error)) from None  # `SeededDataset` says which dataset it is of
+    white = np.iinfo(image.dtype).max
+    if float32:
+        return image.astype(np.float32) / white
+    return image if white == 255 or flag == 'unchanged' else (image >> 8).astype(np.uint8)
+
+
+def read_img_seq(path, require_mod_crop=False, scale=1, return_imgname=False):
+    """:11-41 read with OpenCV, and every file."""
+    paths = path if isinstance(path, list) else paths_from_folder(path)
+    images = [imfrombytes(_Content.of(name), float32=True) for name in paths]
+    images = [mod_crop(image, scale) for image in images] if require_mod_crop else images
+    images = torch.stack(img2tensor(images))
+    names = [os.path.splitext(os.path.basename(name))[0] for name in paths]
+    return (images, names) if return_imgname else images
+
+
+class _Content(bytes):
+    """What is in a file, with its name for messages."""
+
+    @classmethod
+    def of(cls, path):
+        with open(path, 'rb') as file:
+            content = cls(file.read())
+        content.name = str(path)
+        return content
+
+
+def disk_get(self, filepath):
+    """utils/file_client.py:80-84 forgets the name of the file."""
+    return _Content.of(filepath)
 
 
 def paired_sample(self, index):
@@ -147,7 +189,9 @@ def lmdb_init(self, db_paths, client_keys='default', **options):
 
 def lmdb_get(self, filepath, client_key):
     """:126 gives None for a key that is not there."""
-    return read_lmdb(self._client[client_key], str(filepath))
+    content = _Content(view_lmdb(self._client[client_key], str(filepath)))
+    content.name = f'{self._client[client_key]}/{filepath}'
+    return content
 
 
 def _pair(keys, lq_path, gt_path):

@@ -83,9 +83,9 @@ def test_decodes_colour_gray_alpha_and_sixteen_bits(tmp_path):
         out = read(tmp_path / name)
         assert out.dtype == image.dtype and out.flags.c_contiguous
         np.testing.assert_array_equal(out, expected)
-    files._warn_alpha.cache_clear()
+    files._warned.clear()
     write(tmp_path / 'alpha.png', np.dstack([colour, colour[..., 0]]))
-    with pytest.warns(UserWarning, match='alpha') as caught:
+    with pytest.warns(UserWarning, match='alpha.png: alpha channel dropped') as caught:
         np.testing.assert_array_equal(read(tmp_path / 'alpha.png'), colour)
         read(tmp_path / 'alpha.png')
     assert len(caught) == 1
