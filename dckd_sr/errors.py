@@ -47,9 +47,9 @@ def entry_point(interrupted='interrupted'):
     return decorate
 
 
-def nearest(name, candidates):
+def nearest(name, candidates, cutoff=0.6):
     """Return ``" (did you mean 'x'?)"`` for the candidate closest to name, or an empty string."""
-    close = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=cutoff)
     return f" (did you mean '{close[0]}'?)" if close else ''
 
 

@@ -7,11 +7,14 @@ ones that compute the same from the size, whatever it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import types
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dckd_sr.archs.nafnet_arch import LocalMean
 from dckd_sr.inference import padding_of
@@ -50,6 +53,96 @@ class Exportable(nn.Module):
             x = x.index_select(2, _mirrored(height, self.multiple, lq.device))
             x = x.index_select(3, _mirrored(width, self.multiple, lq.device))
         return self.net(x)[..., : height * self.scale, : width * self.scale].float()
+
+
+@contextlib.contextmanager
+def recorded():
+    """While a network is recorded: its `torch.autograd.Function` are the operations in them, which files can hold."""
+    kinds, before = _subclasses(torch.autograd.Function), {}
+    for kind in kinds:
+        if 'forward' in vars(kind):
+            before[kind] = vars(kind).get('apply')
+            kind.apply = functools.partial(_apply, kind)
+    try:
+        yield
+    finally:
+        for kind, apply in before.items():
+            if apply is None:
+                del kind.apply
+            else:
+                kind.apply = apply
+
+
+def _subclasses(kind):
+    return [each for child in kind.__subclasses__() for each in (child, *_subclasses(child))]
+
+
+class _Context(types.SimpleNamespace):
+    """What forward keeps for the backward pass, which there is none of."""
+
+    needs_input_grad = ()
+
+    def _nothing(self, *args):
+        pass
+
+    save_for_backward = save_for_forward = mark_dirty = mark_non_differentiable = set_materialize_grads = _nothing
+
+
+def _apply(kind, *args):
+    context = () if kind.setup_context is not torch.autograd.Function.setup_context else (_Context(),)
+    return kind.forward(*context, *args)
+
+
+class SizeFree(TorchFunctionMode):
+    """Adaptive pooling and Tensor.unfold by indices that follow from the image's size: ONNX's own need numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, '__name__', '')
+        if name in ('adaptive_avg_pool2d', 'adaptive_max_pool2d') and not kwargs.get('return_indices'):
+            return _adaptive_pool(func, name == 'adaptive_max_pool2d', *args, **kwargs)
+        if name == 'unfold' and isinstance(func, _METHOD):
+            return _unfold(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_METHOD = type(torch.Tensor.unfold)  # torch.nn.functional.unfold has the same name, and is a function
+
+
+def _adaptive_pool(func, takes_largest, input, output_size, **kwargs):
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    if input.dim() != 4 or all(type(size) is int and size == 1 for size in sizes):
+        return func(input, output_size, **kwargs)
+    for axis, size in zip((2, 3), sizes):
+        if size is not None:
+            input = _pool_axis(input, axis, size, takes_largest)
+    return input
+
+
+def _pool_axis(x, axis, size, takes_largest):
+    """Adaptive pooling along one axis: windows from floor(i * side / size) to ceil((i + 1) * side / size)."""
+    side, numbers = x.shape[axis], torch.arange(size, device=x.device)
+    first, end = numbers * side // size, ((numbers + 1) * side + size - 1) // size
+    places = first[:, None] + torch.arange((side + size - 1) // size + 1, device=x.device)
+    inside = places < end[:, None]
+    places = torch.minimum(places, end[:, None] - 1)
+    x = _select(x, axis, places)
+    if takes_largest:
+        return x.amax(axis + 1)
+    weights = (inside / inside.sum(1, keepdim=True)).to(x.dtype)
+    return (x * weights.view(*weights.shape, *[1] * (3 - axis))).sum(axis + 1)
+
+
+def _unfold(x, dimension, size, step):
+    axis = dimension % x.dim()
+    numbers = torch.arange((x.shape[axis] - size) // step + 1, device=x.device)
+    x = _select(x, axis, numbers[:, None] * step + torch.arange(size, device=x.device))
+    return x.movedim(axis + 1, -1)
+
+
+def _select(x, axis, places):
+    """The parts of an axis at places (n, k), which become two axes."""
+    shape = [*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]]
+    return x.index_select(axis, places.reshape(-1)).reshape(shape)
 
 
 def _mirrored(side, multiple, device):

@@ -59,7 +59,7 @@ def infer(
         lq: (B, C, h, w).
         window_size: h and w are padded to multiples of it and of `padding_of` the network, at the bottom and right,
             mirrored as BasicSR's SwinIRModel does (the border pixel repeated where the image is smaller than the
-            padding), and cropped after.
+            padding), and cropped after. The same is done to images below the network's ``smallest_side``.
         tile_size: side of the tiles in LQ pixels, rounded up to the network's grid; empty or 0: the whole image.
         tile_overlap: LQ pixels shared by neighbouring tiles, rounded up likewise; default a quarter of the tile, at
             most 32.
@@ -80,14 +80,15 @@ def infer(
         )
     height, width = lq.shape[-2:]
     window = math.lcm(window_size or 1, padding_of(net))
-    lq = pad_to_multiple(lq, window)
+    smallest = _round_up(getattr(net, 'smallest_side', 1), window)
+    lq = pad_to_multiple(lq, window, smallest)
     forward = net if run is None else partial(run, net)
     if not tile_size:
         out = _run(forward, lq, scale)
     else:
         # NAFNet pads by itself, to multiples of padder_size: tiles must halve at the same pixels as the whole image.
         grid = math.lcm(window, getattr(net, 'padder_size', 1))
-        tile = _round_up(tile_size, grid)
+        tile = _round_up(max(tile_size, smallest), grid)
         if tile_overlap is None:
             overlap = min(_round_up(min(32, tile_size // 4), grid), tile - grid)
         else:

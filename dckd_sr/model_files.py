@@ -6,6 +6,8 @@ import inspect
 import io
 import json
 import math
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 
-from dckd_sr import checkpoint, option_checks, option_files, zoo
+from dckd_sr import checkpoint, imports, network_facts, option_checks, option_files, options, zoo
 from dckd_sr.archs import spandrel_arch
 from dckd_sr.checkpoint import METADATA
 from dckd_sr.errors import UserError, reason
@@ -26,7 +28,6 @@ from dckd_sr.inference import padding_of
 
 SCRIPT_METADATA = f'{METADATA}.json'
 ONNX_NEEDED = 'this needs onnx and onnxruntime: pip install "dckd_sr[onnx]"'
-_PROBE = 16  # least side of the image that a network's scale is measured with
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Model:
 
     Attributes:
         run: (B, channels, h, w) float32 in [0, 1] -> (B, channels, h * scale, w * scale) float32, unclamped. It has
-            what `inference.infer` looks for: ``window_size`` and ``padder_size`` where sides matter.
+            what `inference.infer` looks for: ``window_size``, ``padder_size`` and ``smallest_side`` where sides matter.
         scale: output size over input size.
         channels: 1 or 3.
         about: what it is and where its architecture is from, for people.
@@ -49,6 +50,11 @@ class Model:
     arch: dict[str, Any] | None = None
 
     @property
+    def smallest_side(self) -> int:
+        """Smaller images are padded to it."""
+        return getattr(self.run, 'smallest_side', 1)
+
+    @property
     def grid(self) -> int:
         """Tiles start at multiples of it."""
         return math.lcm(padding_of(self.run), getattr(self.run, 'padder_size', 1))
@@ -56,7 +62,7 @@ class Model:
     def metadata(self, precision: str) -> str:
         """What an exported file says about itself, as JSON."""
         told = {'arch': self.arch, 'scale': self.scale, 'channels': self.channels, 'padder_size': self.grid}
-        return json.dumps({**told, 'precision': precision})
+        return json.dumps({**told, 'smallest_side': self.smallest_side, 'precision': precision})
 
 
 def load(
@@ -93,13 +99,13 @@ def load(
         try:
             net = OnnxNetwork(str(file), device) if kind == 'onnx' else ScriptNetwork(str(file), device)
             about = f'{net.kind}, {net.told.get("precision", "as it is")}'
-            return _measured(net, net.told.get('arch'), net.channels, about, device)
+            return _measured(net, net.told.get('arch'), (net.channels,), about, device)
         except UserError as error:
             raise UserError(f'{file}: {error}') from error
     block, origin = _block(file, opt_file, letter)
     net = _build(file, block, origin, param_key).to(device).eval().requires_grad_(False)
     about = f'{(block or {}).get("type") or type(net).__name__}, architecture from {origin}'
-    return _measured(net, block, _channels(net), about, device)
+    return _measured(net, block, network_facts.CHANNELS, about, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +118,12 @@ def _block(file, opt_file, letter):
         return _block_of(option_files.read(opt_file), letter), opt_file
     block = checkpoint.read_metadata(file).get('arch')
     if block:
-        block = _checked(block, f'{file}: its metadata')
+        try:
+            block = _checked(block, f'{file}: its metadata')
+        except UserError as error:
+            if imports.ADVICE in str(error):  # of an option file: this file is not asked what to run
+                raise UserError(f'{error}; -opt FILE, with imports and network_{letter}') from error
+            raise
         arguments = inspect.signature(ARCH_REGISTRY.get(block['type'])).parameters
         # Option files are the user's own; this may be anybody's, and some archs read or fetch files when built.
         if block['type'] == 'VGGFeatureExtractor' or any(name.endswith('path') for name in arguments):
@@ -126,8 +137,11 @@ def _block(file, opt_file, letter):
 
 
 def _block_of(file, letter):
-    """network_<letter> of an option file, as far as its other parts matter for it."""
-    where, name = option_files.shown(file.path), f'network_{letter}'
+    """network_<letter> of an option file, as far as its other parts matter for it: `imports`, which are imported."""
+    where, name, report = option_files.shown(file.path), f'network_{letter}', option_checks.Report()
+    options.import_modules(file.options.get('imports'), report)
+    if report.problems:
+        raise UserError(f'{where}: {"; ".join(report.problems)}')
     block = file.options.get(name)
     if not isinstance(block, dict):
         others = [key for key in file.options if key.startswith('network_') and isinstance(file.options[key], dict)]
@@ -182,14 +196,6 @@ def describe_arch(path: str, block: dict[str, Any] | None, param_key: str | None
         return None
     options = {key: value for key, value in (block or {}).items() if key != 'type'}
     return {'type': found.type, **found.options, **options}
-
-
-def _channels(net):
-    """What the first convolution reads, or 3."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            return module.in_channels
-    return 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +254,13 @@ class OnnxNetwork:
         fixed = inputs[0].shape[1]
         self.channels = fixed if isinstance(fixed, int) else 3
         self.padder_size = _whole(self.told.get('padder_size'))
+        sides = inputs[0].shape[2:]
+        self.fixed_size = tuple(sides) if all(isinstance(side, int) for side in sides) else None
+        self.smallest_side = 1
+        if self.fixed_size is None and 'smallest_side' in self.told:
+            self.smallest_side = _whole(self.told['smallest_side'])
+        elif self.fixed_size is None:
+            self.smallest_side = _smallest_side(content, self.name, self.channels, self.half)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         image = x.detach().cpu().numpy().astype(np.float16 if self.half else np.float32)
@@ -256,6 +269,29 @@ class OnnxNetwork:
         except Exception as error:
             raise UserError(f'the ONNX model fails on {x.shape[3]}x{x.shape[2]}: {reason(error)}') from error
         return torch.from_numpy(out.astype(np.float32)).to(x.device)
+
+
+# onnxruntime ends the process on sizes that some operations cannot take, so a process of its own finds out.
+_TRY_SIZES = """
+import sys, numpy, onnxruntime
+content, name, channels, kind = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(content or sys.stdin.buffer.read(), options, ['CPUExecutionProvider'])
+for side in (64, 32, 24, 16, 12, 8, 4, 2, 1):
+    [out] = session.run(None, {name: numpy.full((1, int(channels), side, side), 0.5, kind)})
+    if not out.shape[2] or out.shape[2] % side or not numpy.isfinite(out).all():
+        break
+    print(side, flush=True)
+"""
+
+
+def _smallest_side(content, name, channels, half):
+    """A side that an ONNX model takes that does not say it, near the smallest; 64 where it takes none."""
+    path, piped = (content, None) if isinstance(content, str) else ('', content)
+    command = [sys.executable, '-c', _TRY_SIZES, path, name, str(channels), 'float16' if half else 'float32']
+    printed = subprocess.run(command, input=piped, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return min(map(int, printed.split()), default=64)
 
 
 def _is_script(file):
@@ -286,6 +322,7 @@ class ScriptNetwork:
             raise UserError(f'no TorchScript file that this torch reads: {reason(error)}') from error
         self.told = checkpoint.parse_metadata(extra[SCRIPT_METADATA])
         self.channels, self.padder_size = self.told.get('channels', 3), _whole(self.told.get('padder_size'))
+        self.fixed_size = _sides(self.told.get('size'))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -301,23 +338,16 @@ def _whole(value):
     return value if isinstance(value, int) and 0 < value <= 4096 else 1
 
 
+def _sides(value):
+    fine = isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+    return tuple(value) if fine else None
+
+
 def _measured(net, arch, channels, about, device):
-    """The `Model` of a network, its scale measured: what files say of themselves is not needed for that."""
-    if channels not in (1, 3):
-        raise UserError(f'this network reads {channels} channels; images have 1 or 3')
-    model = Model(net, 1, channels, about, arch)
-    side = -(-_PROBE // model.grid) * model.grid
-    image = torch.full((1, channels, side, side), 0.5, device=device)
-    try:
-        with torch.inference_mode():
-            out = net(image)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a network raises on an image that it cannot take
-        raise UserError(f'this network cannot restore an image: {reason(error)}') from error
-    shape = tuple(getattr(out, 'shape', ()))
-    if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] % side or not shape[2]:
-        raise UserError(f'this network turns {tuple(image.shape)} into {shape}, no whole multiple of the size')
-    model.scale = shape[2] // side
-    model.about = f'{about}, x{model.scale}'
-    return model
+    """The `Model` of a network, measured: what files say of themselves is not needed for that."""
+    if channels[0] not in network_facts.CHANNELS:
+        raise UserError(f'this network reads {channels[0]} channels; images have 1 or 3')
+    smallest, fixed = getattr(net, 'smallest_side', None), getattr(net, 'fixed_size', None)
+    found = network_facts.measure(net, padding_of(net), device, channels, smallest, fixed)
+    net.smallest_side = found[2]
+    return Model(net, found[1], found[0], f'{about}, x{found[1]}', arch)

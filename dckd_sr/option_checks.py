@@ -20,8 +20,8 @@ from basicsr.archs.vgg_arch import insert_bn
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 from pydantic import ValidationError, create_model
 
+from dckd_sr import imports, zoo
 from dckd_sr import option_keys as keys
-from dckd_sr import zoo
 from dckd_sr.archs import ensemble_arch, spandrel_arch, vqgan_arch
 from dckd_sr.errors import UserError, nearest, one_line
 from dckd_sr.ops.schedulers import SCHEDULERS
@@ -123,6 +123,11 @@ def meant(name, known):
 def one_of(known):
     """'one of a, b', for messages."""
     return f'one of {", ".join(known)}'
+
+
+def no_such(what, name, known):
+    """What is said about a name that is not registered: it may be the user's own, or a misspelt one of those known."""
+    return f'no such {what}; {imports.ADVICE}{nearest(name, known, 0.7) or "; known: " + ", ".join(known)}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ def told_by_file(block):
     return {**told, 'window_size': found.window_size} if found.window_size > 1 else told
 
 
-def check_block(report, where, block, types, what, filled=(), also=(), values=None):
+def check_block(report, where, block, types, what, filled=(), also=(), values=None, imported=True):
     """Check a block with a ``type``.
 
     Args:
@@ -320,6 +325,7 @@ def check_block(report, where, block, types, what, filled=(), also=(), values=No
         filled: arguments that the program gives.
         also: keys that a reader takes out before the call.
         values: argument name -> valid values, for BasicSR's classes and ours.
+        imported: whether `imports` can add types.
 
     Returns:
         the class, or None where there is none.
@@ -332,7 +338,10 @@ def check_block(report, where, block, types, what, filled=(), also=(), values=No
         return None
     name = bare(block['type'])
     if name not in types:
-        report.error(f'{where}.type', f'no such {what}{nearest(name, types) or "; " + one_of(types)}', block['type'])
+        text = (
+            no_such(what, name, types) if imported else f'no such {what}{nearest(name, types) or "; " + one_of(types)}'
+        )
+        report.error(f'{where}.type', text, block['type'])
         return None
     cls = types[name]
     arguments = {key: value for key, value in block.items() if key != 'type'}
@@ -637,7 +646,9 @@ def check_train(report, opt, spec):
     for key in ('optim_g', 'optim_d'):
         if train.get(key) is not None:
             where = f'train.{key}'
-            check_block(report, where, train[key], optimizers(), 'optimiser of torch.optim', filled=('params',))
+            check_block(
+                report, where, train[key], optimizers(), 'optimiser of torch.optim', ('params',), imported=False
+            )
             check_optimizer(report, where, train[key])
     check_schedule(report, train)
     for key, block in train.items():
@@ -677,7 +688,7 @@ def check_optimizer(report, where, block):
 def check_schedule(report, train):
     """Numbers of a schedule make sense, its lists belong together, and it reaches the end."""
     where, block = 'train.scheduler', train['scheduler']
-    cls = check_block(report, where, block, schedulers(), 'schedule', filled=('optimizer', 'last_epoch'))
+    cls = check_block(report, where, block, schedulers(), 'schedule', ('optimizer', 'last_epoch'), imported=False)
     if cls is None:
         return
     names = ('milestones', 'periods', 'restarts', 'restart_weights', 'eta_mins')
@@ -964,7 +975,7 @@ def check_dataset(report, opt, name, block, is_train):
     if block.get('type') is None:
         report.error(f'{where}.type', f'missing; {one_of(types)}')
     elif kind not in types:
-        report.error(f'{where}.type', f'no such dataset{nearest(kind, types) or "; " + one_of(types)}', block['type'])
+        report.error(f'{where}.type', no_such('dataset', kind, types), block['type'])
     data = validate(dataset_model(kind, phase == 'train'), block, report, where)
     if kind in types and kind not in keys.DATASETS and is_known(types[kind]):  # one of BasicSR's without a section here
         valid = {*dataset_model(kind, phase == 'train').model_fields, *texts_in(types[kind])}

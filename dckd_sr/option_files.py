@@ -19,9 +19,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dckd_sr import imports, safe_yaml
 from dckd_sr import option_checks as checks
 from dckd_sr import option_keys as keys
-from dckd_sr import safe_yaml
 from dckd_sr.errors import UserError, one_line
 
 BASE = '_base_'
@@ -161,6 +161,10 @@ def _read(path, above, name):
     if not isinstance(own, dict):
         raise OptionError([f'{chain}: {"empty" if own is None else "not made of `key: value` lines"}'])
     label, bases = shown(path), own.pop(BASE, None)
+    if 'imports' in own:
+        # A run's resolved.yml lies in experiments/NAME of the folder that the run was started in.
+        around = [path.parent, path.resolve().parent.parent.parent] if path.name == 'resolved.yml' else [path.parent]
+        own['imports'] = imports.located(own['imports'], around)
     own_origins = {key: f'{label}:{line}' for key, line in lines.items() if key[0] != BASE}
     options, origins = {}, {}
     for base in bases if isinstance(bases, list) else [bases] if bases is not None else ():

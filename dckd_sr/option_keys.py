@@ -85,9 +85,14 @@ def is_module_name(value):
     return isinstance(value, str) and all(n.isidentifier() and not keyword.iskeyword(n) for n in value.split('.'))
 
 
-def _module_name(value):
-    if not is_module_name(value):
-        raise ValueError('expected the dotted name of a module, such as my_package.archs')
+def is_entry(value):
+    """Whether a value can be an entry of `imports`: a module, or the path of a file or folder."""
+    return isinstance(value, str) and bool(value.strip()) and '\0' not in value
+
+
+def _entry(value):
+    if not is_entry(value):
+        raise ValueError('expected a module such as my_package.archs, a file or a folder')
     return value
 
 
@@ -120,7 +125,7 @@ PathName = Annotated[str, AfterValidator(expand)]
 # Restormer's files write `none`.
 NoFolder = Annotated[None, BeforeValidator(_no_folder), WithJsonSchema({'enum': ['none', None]})]
 ModuleNames = Annotated[
-    list[Annotated[str, AfterValidator(_module_name)]], BeforeValidator(_listed), _or_list({'type': 'string'})
+    list[Annotated[str, AfterValidator(_entry)]], BeforeValidator(_listed), _or_list({'type': 'string'})
 ]
 Roles = Annotated[
     Optional[list[Literal['student', 'teacher', 'history', 'encoder']]],
@@ -279,7 +284,9 @@ class Top(Section):
 
     name: Optional[FolderName] = Field(None, description='name of the run and of its folder')
     model_type: Optional[str] = Field(None, description='model class')
-    imports: Optional[ModuleNames] = Field(None, description='modules with archs, losses, models, ... of your own')
+    imports: Optional[ModuleNames] = Field(
+        None, description='modules, files, folders with archs, losses, models, ... of your own'
+    )
     scale: Positive = Field(1, description='output size over input size')
     num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
     manual_seed: Optional[Seed] = Field(None, description='seed; drawn if empty')

@@ -11,7 +11,6 @@ with the full path of its key. Files are found, read and merged with their bases
 """
 
 import copy
-import importlib
 import os
 import random
 import sys
@@ -19,12 +18,12 @@ import sys
 import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from dckd_sr import imports, safe_yaml
 from dckd_sr import option_checks as checks
 from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
-from dckd_sr import safe_yaml
 from dckd_sr.commands import Parser, parser
-from dckd_sr.errors import entry_point, nearest
+from dckd_sr.errors import UserError, entry_point
 from dckd_sr.option_checks import Report, check_file  # noqa: F401  (check_file: for entry points)
 from dckd_sr.option_files import OptionError, apply_overrides
 
@@ -165,26 +164,16 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
     return opt
 
 
-def import_modules(names, report):
-    """Import the modules that `imports` names, which register archs, losses, models, ... in BasicSR's registries.
-
-    Modules are looked for as ``python -m`` does, but for the order: what is installed, then the current folder.
-    """
-    names = names if isinstance(names, list) else [names]
-    folder = os.getcwd()
-    if any(names) and folder not in sys.path:
-        sys.path.append(folder)
-    for name in names:
-        if not keys.is_module_name(name):
+def import_modules(entries, report):
+    """Import what `imports` names, see `imports.load`."""
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not keys.is_entry(entry):
             continue  # the check of the section says so
         try:
-            importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # whatever a module does when it is imported
-            absent = isinstance(error, ModuleNotFoundError) and f'{name}.'.startswith(f'{error.name}.')
-            first = (str(error).splitlines() or [''])[0]
-            cause = f'{type(error).__name__}: {first}' if first else type(error).__name__
-            text = f'no such module: {error.name} is neither installed nor in {folder}' if absent else cause
-            report.error('imports', text if absent else f'cannot be imported: {text}', name)
+            for note in imports.load(entry):
+                report.warn('imports', note, entry)
+        except UserError as error:
+            report.error('imports', str(error), entry)
 
 
 def rename(opt, report):
@@ -214,10 +203,7 @@ def model_keys(opt, report, is_train):
         return None, keys.MODELS['DCKDModel']
     name = checks.bare(name)
     if name not in types:
-        report.error(
-            'model_type', f'no such model{nearest(name, types) or "; " + checks.one_of(types)}', opt['model_type']
-        )
-        name = checks.meant(name, types) or name
+        report.error('model_type', checks.no_such('model', name, types), opt['model_type'])
     train = opt['train'] if isinstance(opt.get('train'), dict) else {}
     if 'grad_clip' not in train:
         for key, value in keys.TYPE_DEFAULTS.get(name, {}).items():

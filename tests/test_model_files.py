@@ -74,7 +74,7 @@ def test_metadata_of_safetensors():
     'told, message',
     [
         ({'type': 'spandrel', 'path': '/etc/passwd'}, 'expected the type and the arguments of an arch'),
-        ({'type': 'EDSRR'}, "no such arch .did you mean 'EDSR'"),
+        ({'type': 'EDSRR'}, "no such arch; .* imports: .*did you mean 'EDSR'.*-opt FILE, with imports and network_g"),
         ({**NETWORK, 'num_block': 'many'}, r'arch\.num_block = many: expected a whole number'),
         ({'type': 'VGGFeatureExtractor', 'layer_name_list': ['conv1_1']}, 'reads other files'),
         ({'type': 'SpyNet', 'load_path': 'any.pth'}, 'reads other files'),

@@ -345,10 +345,17 @@ class TestImports:
             ('my_package.leaves', 'imports = my_package.leaves: cannot be imported: SystemExit: 3'),
             ('my_package.silent', 'imports = my_package.silent: cannot be imported: AssertionError'),
             ('my_package.twice', 'imports = my_package.twice: cannot be imported: AssertionError: An object named'),
-            ('my-package', 'imports.0 = my-package: expected the dotted name of a module'),
-            ('.relative', 'imports.0 = .relative: expected the dotted name of a module'),
-            ('my_package.class', 'imports.0 = my_package.class: expected the dotted name of a module'),
-            ('a/b.py', 'imports.0 = a/b.py: expected the dotted name of a module'),
+            ('my-package', 'imports = my-package: no such module, file or folder; looked for in '),
+            ('.relative', 'imports = .relative: no such module, file or folder; looked for in '),
+            ('my_package.class', 'imports = my_package.class: no such module, file or folder; looked for in '),
+            ('a/b.py', 'imports = a/b.py: no such module, file or folder; looked for in '),
+            (
+                'my_package/needs.py',
+                'imports = my_package/needs.py: cannot be imported: ModuleNotFoundError: No module',
+            ),
+            ('my_package/notes.txt', 'imports = my_package/notes.txt: expected a Python file, NAME.py'),
+            ('empty', 'imports = empty: no file in this folder registers anything'),
+            (' ', 'imports.0 =  : expected a module such as my_package.archs, a file or a folder'),
             (['my_package.archs', 5], 'imports.1 = 5: expected text'),
             ({'a': 'b'}, 'imports.0 = {"a": "b"}: expected text'),
         ],
@@ -362,8 +369,12 @@ class TestImports:
         write('my_package/silent.py', 'assert False')
         write(
             'my_package/twice.py',
-            'from basicsr.utils.registry import ARCH_REGISTRY\n@ARCH_REGISTRY.register()\nclass EDSR: pass',
+            'from basicsr.utils.registry import ARCH_REGISTRY\n'
+            '@ARCH_REGISTRY.register()\nclass Net: pass\n'
+            '@ARCH_REGISTRY.register()\nclass Net: pass\n',
         )
+        write('my_package/notes.txt', '')
+        write('empty/notes.txt', '')
         (problem,) = load_problems({**dckd(), 'imports': imports})
         assert problem.startswith(start) and '\n' not in problem
 

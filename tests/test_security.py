@@ -64,7 +64,12 @@ HARMLESS = {
 }
 # (file, name) -> why it is there all the same
 EXCEPTIONS = {
-    ('options.py', 'importlib.import_module'): '`imports` names modules to be run, as `python -m` does',
+    ('imports.py', 'importlib.import_module'): '`imports` names modules to be run, as `python -m` does',
+    ('imports.py', 'importlib.util.find_spec'): 'looks for them and runs nothing',
+    ('imports.py', 'importlib.util.spec_from_file_location'): '`imports` names files to be run, as `python FILE` does',
+    ('imports.py', 'importlib.util.module_from_spec'): 'the same',
+    ('imports.py', 'importlib.machinery.PathFinder'): 'where those files lie, for what they import in turn',
+    ('imports.py', 'importlib.machinery.PathFinder.find_spec'): 'the same',
     ('archs/__init__.py', 'importlib.import_module'): 'the modules of this package',
     ('data/__init__.py', 'importlib.import_module'): 'the modules of this package',
     ('losses/__init__.py', 'importlib.import_module'): 'the modules of this package',
@@ -77,6 +82,12 @@ EXCEPTIONS = {
     ('processes.py', 'ctypes.CDLL'): 'the same',
     ('compare.py', 'subprocess.run'): 'this Python with -m dckd_sr.train: a list of words, no shell',
     ('compare.py', 'subprocess.STDOUT'): 'the same',
+    (
+        'model_files.py',
+        'subprocess.run',
+    ): 'this Python with a fixed text, which runs an ONNX model: words, no shell',
+    ('model_files.py', 'subprocess.PIPE'): 'the same',
+    ('model_files.py', 'subprocess.DEVNULL'): 'the same',
     ('model_files.py', 'torch.jit.load'): 'a TorchScript file, which is a program, that the user has named as model',
     ('processes.py', 'torch.distributed.broadcast_object_list'): "pickles, between one run's own ranks",
     ('checkpoint.py', 'torch.distributed.all_gather_object'): "pickles, between one run's own ranks",
