@@ -162,6 +162,8 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
             signals.interruptible = False
         return False
 
+    if start == 0 and accum_iter > 1 and hasattr(model, 'start_from'):
+        model.start_from(batch_of(train_loader, sampler.keys(0, micro)) for micro in range(accum_iter))
     # A state is saved before its validation, which is repeated here: it decides the best metrics.
     validate(start)
     for current_iter in range(start + 1, total + 1):
@@ -437,6 +439,11 @@ def _first_look(model, val_loaders, opt):
     return None
 
 
+def batch_of(loader, keys):
+    """A batch is a function of its keys: it need not be kept on the device until somebody asks."""
+    return torch.utils.data.default_collate([loader.dataset[key] for key in keys])
+
+
 def check_finite(model, loader, sampler, opt):
     """Look at the losses and gradients since the last look; what was not finite has moved no weight.
 
@@ -461,9 +468,7 @@ def check_finite(model, loader, sampler, opt):
         logs.logging.getLogger('basicsr').warning(f'{what}; {count} since the last line moved no weight')
         return
     path = Path(opt['path']['experiments_root']) / f'nonfinite_{first.iteration}_rank{opt["rank"]}.pth'
-    # A batch is a function of its keys: it need not be kept on the device until somebody asks.
-    keys = sampler.keys(first.iteration - 1, first.micro)
-    batch = torch.utils.data.default_collate([loader.dataset[key] for key in keys])
+    batch = batch_of(loader, sampler.keys(first.iteration - 1, first.micro))
     checkpoint.write({**batch, 'iteration': first.iteration, 'terms': first.terms}, path)
     more = f'{PATIENCE} iterations in a row; ' if skip else ''
     raise UserError(

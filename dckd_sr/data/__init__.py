@@ -63,8 +63,10 @@ def build_train_loader(
     if options.get('teacher_cache'):
         teacher_cache.check(opt, dataset)
     stages = _stages(options, batch_size)
-    accum_iter = (opt.get('train') or {}).get('accum_iter', 1)
-    sampler = TrainSampler(len(dataset), stages, world_size, rank, seed, start_iteration, ratio, accum_iter)
+    train = opt.get('train') or {}
+    mixes = bool((train.get('mixing_augs') or {}).get('mixup'))
+    accum_iter = train.get('accum_iter', 1)
+    sampler = TrainSampler(len(dataset), stages, world_size, rank, seed, start_iteration, ratio, accum_iter, mixes)
     # BasicSR's CPU prefetch thread hangs on an error and would only add to what the workers prefetch already.
     loader = Loader(
         SeededDataset(dataset, seed),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from dckd_sr.ops.mixup import missing_partners
 from dckd_sr.ops.seeding import seed_of
 
 
@@ -42,6 +43,9 @@ class TrainSampler(Sampler):
         start_iteration: iterations already done; the order continues there.
         enlarge_ratio: passes that count as one epoch (BasicSR's dataset_enlarge_ratio); changes the logs only.
         accum_iter: A.
+        mixes: mixup is on: samples whose partner another process or micro-batch has come with it. It is loaded twice,
+            which odd numbers of B need, once a batch or two. Such batches' keys have a fourth entry: whether the sample
+            is the batch's own.
 
     Raises:
         ValueError: an empty dataset, or numbers that make no sense.
@@ -57,6 +61,7 @@ class TrainSampler(Sampler):
         start_iteration: int = 0,
         enlarge_ratio: float = 1,
         accum_iter: int = 1,
+        mixes: bool = False,
     ):
         stages = [Stage(1, stages)] if isinstance(stages, int) else [Stage(*stage) for stage in stages]
         numbers = [length, world_size, accum_iter, *(n for stage in stages for n in stage[:2])]
@@ -67,13 +72,13 @@ class TrainSampler(Sampler):
             )
         self.length, self.stages, self.seed = length, stages, seed
         self.world_size, self.rank, self.accum_iter = world_size, rank, accum_iter
-        self.start_iteration = start_iteration
+        self.start_iteration, self.mixes = start_iteration, mixes
         self.iterations_per_epoch = math.ceil(length * enlarge_ratio / (stages[0].batch_size * world_size * accum_iter))
         self._orders: dict[int, np.ndarray] = {}
         # RandomState: numpy keeps its streams over versions, which it does not promise for Generator.
         self._random = np.random.RandomState(0)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int | None]]]:
+    def __iter__(self) -> Iterator[list[tuple]]:
         iteration = self.start_iteration
         while True:
             for micro in range(self.accum_iter):
@@ -89,14 +94,21 @@ class TrainSampler(Sampler):
             began += stage.iterations
         return len(self.stages) - 1, began
 
-    def keys(self, iteration: int, micro: int = 0) -> list[tuple[int, int, int | None]]:
+    def keys(self, iteration: int, micro: int = 0) -> list[tuple]:
         """The keys of this rank's micro-batch of the iteration that follows ``iteration`` iterations."""
         number, began = self.stage(iteration)
         group = self.world_size * self.accum_iter
         done = sum(stage.iterations * stage.batch_size for stage in self.stages[:number]) * group
         size, gt_size = self.stages[number].batch_size, self.stages[number].gt_size
-        first = done + ((iteration - began) * group + micro * self.world_size + self.rank) * size
-        return [(position, self._index(position), gt_size) for position in range(first, first + size)]
+        first, begin = done + (iteration - began) * group * size, (micro * self.world_size + self.rank) * size
+        rows = range(begin, begin + size)
+        keys = [(first + row, self._index(first + row), gt_size) for row in rows]
+        extra = missing_partners(rows, group * size) if self.mixes else []
+        if not extra:
+            return keys
+        return [(*key, True) for key in keys] + [
+            (first + row, self._index(first + row), gt_size, False) for row in extra
+        ]
 
     def _index(self, position):
         turn, row = divmod(position, self.length)

@@ -52,14 +52,16 @@ class SeededDataset(Dataset):
         return getattr(self.dataset, name)
 
     def __getitem__(self, key):
-        """The sample at key = (position, index) or (position, index, gt_size); an integer key is position and index.
+        """The sample at key = (position, index), and gt_size, and own; an integer key is position and index.
 
-        A gt_size replaces the dataset's own crop from here on (progressive training).
+        A gt_size replaces the dataset's own crop from here on (progressive training). ``own`` is put into the sample:
+        whether it belongs to the batch, or is there to be mixed with one that does.
 
         Raises:
             DataError: the dataset failed; the message names the files of that index.
         """
-        position, index, *gt_size = key if isinstance(key, tuple) else (key, key)
+        position, index, *rest = key if isinstance(key, tuple) else (key, key)
+        gt_size, own = rest[:1], {'own': rest[1]} if len(rest) > 1 else {}
         if gt_size and gt_size[0] is not None:
             self.dataset.opt['gt_size'] = self.dataset.gt_size = gt_size[0]  # BasicSR reads the former, ours the latter
         before = random.getstate(), np.random.get_state() if self._numpy else None, torch.get_rng_state()
@@ -69,7 +71,7 @@ class SeededDataset(Dataset):
             np.random.seed(seed & 0xFFFFFFFF)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
         try:
-            return self.dataset[index]
+            return {**self.dataset[index], **own} if own else self.dataset[index]
         except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:

@@ -64,7 +64,7 @@ class CSDLoss(nn.Module):
         Args:
             student: (B, C, H, W); gradients flow to it.
             teacher: the same.
-            lq: (B, C, h, w), whose first ``num_neg`` images are the negatives.
+            lq: (N, C, h, w), whose first ``num_neg`` images are the negatives; the same ones on all processes.
 
         Returns:
             0-d tensor, weighted.

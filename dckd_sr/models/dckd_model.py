@@ -31,7 +31,7 @@ class DCKDModel(KDModel):
     """
 
     def __init__(self, opt):
-        self.net_his = self.net_vqgan = self.student_output = None
+        self.net_his = self.net_vqgan = self.student_output = self.csd_inputs = None
         super().__init__(opt)
 
     def init_training_settings(self):
@@ -110,7 +110,7 @@ class DCKDModel(KDModel):
         if self.cri_fakd is not None:
             terms['l_fakd'] = self.cri_fakd.from_maps(s_maps, t_maps, self.lq.shape[2:])
         if self.cri_csd is not None:
-            terms['l_csd'] = self.cri_csd.contrast(student, teacher, self.lq)
+            terms['l_csd'] = self.cri_csd.contrast(student, teacher, self.first_inputs(self.cri_csd.num_neg))
         if self.cri_dukd is not None:
             terms.update(self.upcycle(current_iter))
         if self.net_vqgan is not None:
@@ -131,6 +131,14 @@ class DCKDModel(KDModel):
         """Index of this rank's first sample among all samples of the run: draws depend on it, not on the rank."""
         micro_batch = (current_iter - 1) * self.steps.accum_iter + self.steps.micro
         return (micro_batch * self.opt['world_size'] + self.opt['rank']) * len(self.lq)
+
+    def first_inputs(self, count):
+        """LQ of the first images of the iteration's whole batch, however it is spread: all compare with the same."""
+        if self.steps.micro == 0 or self.csd_inputs is None:
+            self.csd_inputs = self.lq[:count].clone()
+            if self.opt['dist']:
+                torch.distributed.broadcast(self.csd_inputs, 0)
+        return self.csd_inputs
 
     @torch.no_grad()
     def teach(self, current_iter):
@@ -161,7 +169,7 @@ class DCKDModel(KDModel):
         # The wrapper for several processes has prepared the backward pass in its first call; a second one would write
         # to buffers that the first one's gradient needs.
         net_g, net_t = self.get_bare_model(self.net_g), self.net_t
-        chosen = upcycling.draw_tiles(dukd.n_gt_sub, scale, seed, current_iter, self.steps.micro)
+        chosen = upcycling.draw_tiles(dukd.n_gt_sub, scale, seed, current_iter, 0)
         tiles = upcycling.tiles(self.gt, scale, chosen)
         drawn = [self.draw_flags(dukd.prob, current_iter, f'dukd {k}') for k in range(dukd.n_gt_sub)]
         flags = {op: torch.cat([part[op] for part in drawn]) for op in augment.OPERATIONS}

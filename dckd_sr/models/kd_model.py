@@ -83,17 +83,22 @@ class KDModel(SRModel):
         self.lq = data['lq'].to(self.device, non_blocking=True)
         if 'gt' in data:
             self.gt = data['gt'].to(self.device, non_blocking=True)
+        self.own = len(self.lq) if 'own' not in data else int(data['own'].sum())  # the others are partners, for mixup
         self.cached_teacher = None
         if 'teacher' in data:  # datasets.train.teacher_cache
             self.cached_teacher = data['teacher'].to(self.device, non_blocking=True)
 
     def mix(self, current_iter):
-        """Restormer's mixup of this micro-batch, where ``train.mixing_augs`` asks for it."""
+        """Restormer's mixup, where ``train.mixing_augs`` asks for it; the batch may be spread in any way."""
         mixing = self.opt['train'].get('mixing_augs') or {}
         if mixing.get('mixup'):
             settings = mixing.get('mixup_beta', 1.2), mixing.get('use_identity', False)
-            seed, which = self.opt.get('manual_seed') or 0, (current_iter, self.steps.micro, self.opt['rank'])
-            self.lq, self.gt = mixup(self.lq, self.gt, *settings, seed, *which)
+            seed, total = self.opt.get('manual_seed') or 0, self.own * self.opt['world_size'] * self.steps.accum_iter
+            first = (self.steps.micro * self.opt['world_size'] + self.opt['rank']) * self.own
+            rows = range(first, first + self.own)
+            # Zeros for what the draws depended on once, so that runs in one process stay what they were.
+            which = current_iter, 0, 0
+            self.lq, self.gt = mixup(self.lq, self.gt, *settings, seed, *which, rows=rows, total=total)
 
     def terms(self, current_iter):
         """The weighted losses of this iteration.

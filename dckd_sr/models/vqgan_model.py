@@ -69,6 +69,7 @@ class VQGANModel(SRModel):
         self.autoencoder = super().model_to_device(Autoencoder(self.net_g))
         self.code_vectors = self.net_g.quantize.embedding.weight
         self.follow_from_here()
+        self.seen = None  # what the micro-batches of this iteration have added up
         # A pretrained codebook stays; a random one is replaced by features of the first batch.
         self.drawn = self.opt['path'].get('pretrain_network_g') is not None
 
@@ -107,47 +108,79 @@ class VQGANModel(SRModel):
         terms['l_commit'] = self.cri_commit(z, z_q.detach())
         sum(terms.values()).backward()
         self.optimizer_g.step()
-        if self.steps.due:
-            self.update_codes(rows(z), indices.flatten(), current_iter)
+        self.update_codes(rows(z), indices.flatten(), current_iter)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
-        terms['code_usage'] = (self.idle < (self.restart_after or 256)).float().mean()
-        terms['perplexity'] = perplexity(self.code_sizes)
-        self.log_dict = self.reduce_loss_dict(terms)
+        usage = (self.idle < (self.restart_after or 256)).float().mean()
+        # Those of the codebook as it is now, where losses are means over processes and micro-batches.
+        codes = {'code_usage': usage, 'perplexity': perplexity(self.code_sizes)}
+        self.log_dict = {**self.reduce_loss_dict(terms), **codes}
+
+    def start_from(self, batches):
+        """The micro-batches of the first iteration, before it: the codes are drawn from all of them."""
+        if not self.drawn:
+            self.draw_all(1, [data['gt' if 'gt' in data else 'lq'] for data in batches])
 
     @torch.no_grad()
-    def draw_all(self, current_iter):
-        """Features of the first batch become the codes: random codes would lie far from all features."""
-        features = rows(self.net_g.quantized(self.gt)[0])
-        self.code_vectors.copy_(self.drawn_from(features, current_iter))
+    def draw_all(self, current_iter, batches=None):
+        """Features of the first batch become the codes: random codes would lie far from all features.
+
+        Args:
+            batches: its micro-batches, images each; by default the present one is all of it.
+        """
+        drawn, batches = 0, [self.gt] if batches is None else batches
+        for number, images in enumerate(batches):
+            features = rows(self.net_g.quantized(images.to(self.device))[0])
+            drawn = drawn + self.drawn_from(features, current_iter, number, len(batches))
+        self.code_vectors.copy_(self.summed(drawn))
         self.follow_from_here()
         self.drawn = True
 
-    def drawn_from(self, features, current_iter):
-        """One feature (of rank 0's) for every code, a function of seed and iteration."""
+    def drawn_from(self, features, current_iter, number=0, count=1):
+        """One feature for every code, a function of seed and iteration, as far as these features have it.
+
+        The features of all processes and micro-batches are numbered as if they were one batch: whoever has not got the
+        one that is drawn gives 0, and the sum over all is the draw.
+
+        Args:
+            features: (N, embed_dim), N being the same everywhere.
+            number, count: which of how many micro-batches they are of.
+        """
+        processes, rank = self.opt.get('world_size', 1), self.opt.get('rank', 0)
         draw = generator(self.device, self.opt.get('manual_seed') or 0, 'codes', current_iter)
-        chosen = torch.randint(len(features), (len(self.code_vectors),), generator=draw, device=self.device)
-        features = features[chosen]
+        total, first = len(features) * processes * count, (number * processes + rank) * len(features)
+        chosen = torch.randint(total, (len(self.code_vectors),), generator=draw, device=self.device) - first
+        ours = (chosen >= 0) & (chosen < len(features))
+        return torch.where(ours[:, None], features[chosen.clamp(0, len(features) - 1)], 0)
+
+    def summed(self, tensor):
+        """The sum over all processes, in place."""
         if self.opt.get('dist'):
-            torch.distributed.broadcast(features, 0)
-        return features
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     @torch.no_grad()
     def update_codes(self, features, indices, current_iter):
         """Move the codes towards their features and draw the unused ones anew, without a look from the host.
 
+        All micro-batches of an iteration are added up, on all processes; after the last one the codes move.
+
         Args:
             features: (N, embed_dim), detached or not.
             indices: (N,) the code of each.
         """
-        # A step that was left out moves no code: features that are no numbers are replaced by the codes themselves.
-        features = torch.where(torch.as_tensor(self.steps.ok, device=self.device), features, self.code_vectors[indices])
         codes = torch.arange(len(self.code_vectors), device=self.device)
         assigned = (indices == codes[:, None]).to(features.dtype)
-        sizes, sums = assigned.sum(1), assigned @ features
-        if self.opt.get('dist'):
-            torch.distributed.all_reduce(sizes)
-            torch.distributed.all_reduce(sums)
+        found = [assigned.sum(1), assigned @ features]
+        if self.restart_after:
+            found.append(self.drawn_from(features, current_iter, self.steps.micro, self.steps.accum_iter))
+        self.seen = found if self.seen is None else [before + now for before, now in zip(self.seen, found)]
+        if not self.steps.due:
+            return
+        (sizes, sums, *drawn), self.seen = map(self.summed, self.seen), None
+        # A step that was left out moves no code: features that are no numbers are replaced by the codes themselves.
+        ok = torch.as_tensor(self.steps.ok, device=self.device)
+        sums = torch.where(ok, sums, sizes[:, None] * self.code_vectors)
         self.code_sizes.lerp_(sizes, 1 - self.decay)
         self.code_sums.lerp_(sums, 1 - self.decay)
         self.idle = torch.where(sizes > 0, 0, self.idle + 1)
@@ -156,7 +189,7 @@ class VQGANModel(SRModel):
         moved = torch.where(self.code_sizes[:, None] > 1e-3, moved, self.code_vectors)
         if self.restart_after:
             dead = (self.idle > 0) & (self.idle % self.restart_after == 0)
-            drawn = self.drawn_from(features, current_iter)
+            drawn = torch.where(ok, drawn[0], self.code_vectors)
             moved = torch.where(dead[:, None], drawn, moved)
             self.code_sums = torch.where(dead[:, None], drawn, self.code_sums)
             self.code_sizes = torch.where(dead, torch.ones_like(self.code_sizes), self.code_sizes)

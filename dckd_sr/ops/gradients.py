@@ -46,6 +46,8 @@ def with_shares(terms, output, shares, scaled=lambda loss: loss):
 def against_first(terms, parameters, scaled=lambda loss: loss):
     """The gradient of each further term beside that of the first; one backward pass a term, none of them kept.
 
+    Gradients are those of the batches of all processes, which have to call this at the same time.
+
     Args:
         terms: dict name -> 0-d tensor; their graph stays.
         parameters: those that are trained.
@@ -59,7 +61,11 @@ def against_first(terms, parameters, scaled=lambda loss: loss):
 
     def gradient(term):
         found = torch.autograd.grad(scaled(term), parameters, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+        if dist.is_available() and dist.is_initialized():
+            for part in found:
+                dist.all_reduce(part)  # their sum: a factor cancels
+        return found
 
     def dot(ours, theirs):
         return sum((a.double() * b.double()).sum() for a, b in zip(ours, theirs))

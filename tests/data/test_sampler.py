@@ -68,6 +68,23 @@ def test_micro_batches_and_processes_share_the_global_batch():
     assert TrainSampler(24, 2, 3, 0, 2, accum_iter=2).iterations_per_epoch == 2
 
 
+@pytest.mark.parametrize('batch, world, accum_iter', [(3, 2, 1), (1, 3, 2), (2, 2, 2), (5, 1, 1)])
+def test_partners_of_mixup_come_with_the_batch_that_lacks_them(batch, world, accum_iter):
+    total = batch * world * accum_iter
+    plain, extra = {}, 0
+    for rank, micro in itertools.product(range(world), range(accum_iter)):
+        plain = TrainSampler(7, batch, world, rank, 2, accum_iter=accum_iter).keys(4, micro)
+        mixed = TrainSampler(7, batch, world, rank, 2, accum_iter=accum_iter, mixes=True).keys(4, micro)
+        assert [key[:3] for key in mixed[:batch]] == plain  # nobody's own samples change
+        rows = [key[0] - 4 * total for key in mixed]
+        wanted = {min(row ^ 1, total - 1) if row ^ 1 < total else row for row in rows[:batch]}
+        assert wanted <= set(rows) and len(rows) == len(set(rows)) <= batch + 2
+        if len(mixed) > batch:
+            assert [key[3] for key in mixed] == [True] * batch + [False] * (len(mixed) - batch)
+            extra += 1
+    assert bool(extra) == (batch % 2 == 1 and total > batch)
+
+
 @pytest.mark.parametrize(
     'changed', [{'length': 0}, {'stages': 0}, {'stages': []}, {'accum_iter': 0}, {'rank': 2}, {'enlarge_ratio': 0}]
 )

@@ -5,6 +5,7 @@ import torch
 from basicsr.models import build_model
 
 import dckd_sr  # noqa: F401
+from dckd_sr.data.sampler import TrainSampler
 from dckd_sr.ops.mixup import mixup
 
 NET = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
@@ -84,12 +85,32 @@ def test_validation_is_never_mixed():
     torch.testing.assert_close(model.output, model.net_g(data['lq']))
 
 
-def test_micro_batches_are_mixed_each_in_its_own_way():
-    model, data = build_model(options('ImageCleanModel', mixing_augs=MIXUP, accum_iter=2)), batch()
-    mixed = []
-    for micro in range(2):
-        model.steps.begin(1, micro)
-        model.feed_data(data)
-        model.optimize_parameters(1)
-        mixed.append(model.lq)
-    assert not torch.equal(*mixed)
+@pytest.mark.parametrize(
+    'processes, micro_batches, size', [(1, 2, 2), (2, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 3), (3, 1, 1)]
+)
+def test_a_batch_is_mixed_alike_however_it_is_spread(processes, micro_batches, size):
+    total = processes * micro_batches * size
+    lq, gt = (torch.rand(total, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in range(2))
+
+    def mixed(rank, world_size, accum_iter):
+        opt = options('ImageCleanModel', mixing_augs=MIXUP, accum_iter=accum_iter)
+        model = build_model({**opt, 'rank': rank, 'world_size': world_size})
+        sampler = TrainSampler(total, total // world_size // accum_iter, world_size, rank, 0, 0, 1, accum_iter, True)
+        for micro in range(accum_iter):
+            keys = sampler.keys(2, micro)
+            rows = [key[0] - 2 * total for key in keys]
+            own = [key[3] if len(key) == 4 else True for key in keys]
+            data = {'lq': lq[rows], 'gt': gt[rows]}
+            model.feed_data(data if all(own) else {**data, 'own': torch.tensor(own)})
+            model.steps.begin(3, micro)
+            model.mix(3)
+            yield from zip([row for row, ours in zip(rows, own) if ours], model.lq, model.gt)
+
+    whole = sorted(mixed(0, 1, 1), key=lambda part: part[0])
+    parts = [part for rank in range(processes) for part in mixed(rank, processes, micro_batches)]
+    parts.sort(key=lambda part: part[0])
+    assert [part[0] for part in parts] == list(range(total))
+    for (_, *ours), (_, *theirs) in zip(parts, whole):
+        assert all(map(torch.equal, ours, theirs))
+    changed = [not torch.equal(part[1], image) for part, image in zip(whole, lq)]
+    assert changed == [True] * (total - total % 2) + [False] * (total % 2)
