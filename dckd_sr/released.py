@@ -96,12 +96,13 @@ class ReleasedStep:
         return distances.amax(1, keepdim=True) - distances
 
     def contrast(self, anchors, positives, *negatives):
-        """Eq. 5 with all negatives of a level stacked."""
+        """Eq. 5 with all negatives of a level stacked; the levels that count are those of the model's loss."""
         criterion, total = self.model.cri_cl, 0
         for weight, anchor, positive, *others in zip(criterion.weights, anchors, positives, *negatives):
             near = (anchor - positive).abs().mean()
             far = (anchor - torch.stack(others)).abs().sum(0).mean()
-            total = total + weight * (near / (far + 1e-7))
+            counts = near <= far / len(others) if criterion.semi_hard else 1
+            total = total + weight * (near / (far + 1e-7)) * counts
         return criterion.loss_weight * total
 
     def __call__(self, current_iter: int) -> dict[str, float]:

@@ -35,6 +35,7 @@ def option_file(**train):
     opt['datasets']['train']['gt_size'] = 16
     opt['network_vqgan']['ddconfig'].update(num_res_blocks=2, attn_resolutions=[16])
     del opt['network_vqgan']['allow_random']
+    opt['train']['cl_opt']['type'] = 'ContrasLoss'  # every level counts, at a student from random weights, too
     opt['train'].update(train)
     return small_run.write(opt)
 
@@ -52,6 +53,7 @@ def built(*overrides, **train):
         ((), {}),
         (['network_vqgan:input_range=[-1, 1]'], {'ce_opt': {'type': 'CELoss', 'form': 'paper'}}),
         ((), {'lcr_opt': {'type': 'L1Loss'}, 'noisy': {'prob': 0.5}, 'neg_clean': False, 'ema_decay': 0}),
+        ((), {'cl_opt': {'type': 'DynamicContrastiveLoss', 'weights': [0.5, 1.0]}}),
         ((), {'cl_opt': None, 'grad_clip': 0.01}),
         (['network_t=~'], {'logits_opt': None, 'ce_opt': None}),
     ],
