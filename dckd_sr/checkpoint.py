@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from dckd_sr import restricted_pickle
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, looked_in, reason
 
 # What is in a training state, and in its 'dckd_sr' what may be.
 _ENTRIES = {'epoch': int, 'iter': int, 'optimizers': list, 'schedulers': list}
@@ -75,7 +75,8 @@ def read_weights(path, param_key=None):
 def _read(path):
     """The content of a weights file, read with weights_only first and the restricted reader after it."""
     if not path.is_file():
-        raise UserError(f'{path} is {"a folder" if path.is_dir() else "not there"}; expected a file with weights')
+        there = 'a folder' if path.is_dir() else f'not there{looked_in(path, " (looked in {})")}'
+        raise UserError(f'{path} is {there}; expected a file with weights')
     if path.suffix == '.safetensors':
         try:
             return load_file(path)

@@ -70,6 +70,14 @@ _NO_MEMORY = ("can't allocate memory", 'not enough memory', 'bad_alloc', 'could 
 _NO_MEMORY += ('Insufficient memory', 'out of memory', '_ALLOC_FAILED')
 
 
+def looked_in(path, text=' in {}'):
+    """The folder that a relative path was looked for in, in a text; '' for an absolute path."""
+    try:
+        return '' if os.path.isabs(path) else text.format(os.getcwd())
+    except OSError:  # the current folder is gone
+        return ''
+
+
 def reason(error):
     """An exception of another library in one line."""
     if isinstance(error, KeyError) and error.args:

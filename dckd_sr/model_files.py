@@ -23,7 +23,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from dckd_sr import checkpoint, imports, network_facts, option_checks, option_files, options, zoo
 from dckd_sr.archs import spandrel_arch
 from dckd_sr.checkpoint import METADATA
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, looked_in, reason
 from dckd_sr.inference import padding_of
 
 SCRIPT_METADATA = f'{METADATA}.json'
@@ -91,7 +91,8 @@ def load(
     """
     file, device = Path(path), torch.device(device)
     if not file.is_file():
-        raise UserError(f'{path} is {"a folder" if file.is_dir() else "not there"}; expected the file of a network')
+        there = 'a folder' if file.is_dir() else f'not there{looked_in(path, " (looked in {})")}'
+        raise UserError(f'{path} is {there}; expected the file of a network')
     kind = 'onnx' if file.suffix == '.onnx' else 'script' if _is_script(file) else None
     if kind and (opt_file or param_key):
         raise UserError(f'{path} carries its network: -opt and --param_key are for checkpoints')

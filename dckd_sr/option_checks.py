@@ -20,10 +20,10 @@ from basicsr.archs.vgg_arch import insert_bn
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 from pydantic import ValidationError, create_model
 
-from dckd_sr import imports, zoo
+from dckd_sr import imports, safe_yaml, zoo
 from dckd_sr import option_keys as keys
 from dckd_sr.archs import ensemble_arch, spandrel_arch, vqgan_arch
-from dckd_sr.errors import UserError, nearest, one_line
+from dckd_sr.errors import UserError, looked_in, nearest, one_line
 from dckd_sr.ops.schedulers import SCHEDULERS
 from dckd_sr.vgg import vgg_places
 
@@ -36,12 +36,14 @@ class Report:
         strict: every unknown key is a problem, because the model is ours.
         known: the model is ours or BasicSR's: an unknown key that looks like a mistake is a problem. Otherwise, and in
             files of other models, unknown keys are warnings.
+        lacks_scale: the file has no `scale`; its default, 1, may not be what is meant.
         read: the texts in the code of a model that is not ours, among them the keys that it reads.
         homes: (section, its keys) for each section, to say where a misplaced key belongs.
     """
 
     strict: bool = True
     known: bool = True
+    lacks_scale: bool = False
     read: frozenset = frozenset()
     homes: list = field(default_factory=list)
     problems: list = field(default_factory=list)
@@ -422,8 +424,9 @@ def check_file(report, where, path, folder=False):
         source = '; written by a training' if re.search(r'experiments.+models[\\/]net_', path) else source
         command = None if folder else zoo.command_for(path)
         source = f'; get it: {command}' if command else source
-        text = f'no such {"folder" if folder else "file"}{source}'
+        text = f'no such {"folder" if folder else "file"}{looked_in(path)}{source}'
         text = 'a link that leads nowhere' if os.path.islink(path) else text
+        text += f'; {safe_yaml.BACKSLASHES}' if re.search(r'[\x00-\x1f]', path) else ''
     report.error(where, text, path)
     return False
 
@@ -431,7 +434,7 @@ def check_file(report, where, path, folder=False):
 def resolve_zoo(report, raw):
     """Put plain blocks, and the paths of their weights, in the place of networks of ``type: zoo``."""
     for name in ('g', 't', 'vqgan'):
-        where, scale = f'network_{name}', raw.get('scale', 1)
+        where, scale = f'network_{name}', 1 if report.lacks_scale else raw['scale']
         block, paths = raw.get(where), raw.get('path') or {}
         if not isinstance(block, dict) or block.get('type') != 'zoo' or not isinstance(paths, dict):
             continue
@@ -441,7 +444,9 @@ def resolve_zoo(report, raw):
             report.error(f'{where}.name', str(error), block.get('name'))
             del raw[where]
             continue
-        if name != 'vqgan' and entry.scale != scale:
+        if name != 'vqgan' and entry.scale != scale and report.lacks_scale:
+            report.missing('scale', f'{where}.name = {entry.name} is of scale {entry.scale}')
+        elif name != 'vqgan' and entry.scale != scale:
             report.error(f'{where}.name', f'a network of scale {entry.scale}, but scale = {scale}', entry.name)
     teacher = raw.get('network_t')
     networks = teacher.get('networks') if isinstance(teacher, dict) else None
@@ -484,7 +489,9 @@ def check_scale(report, opt, where, cls, block):
     # SwinIR without an upsampler keeps the size, whatever upscale says.
     sizes = cls.__name__ != 'SwinIR' or argument(cls, block, ('upsampler',))[1]
     said = report.reported('scale') or report.reported(f'{where}.name')  # the latter of a network of the zoo
-    if key and sizes and value != opt['scale'] and not said:
+    if key and sizes and value != opt['scale'] and report.lacks_scale:
+        report.missing('scale', f'{where}.{key} = {value}{"" if key in block else ", its default"}')
+    elif key and sizes and value != opt['scale'] and not said:
         default = '' if key in block else f' (the default of {block["type"]})'
         default = f' (told by {block["path"]})' if cls is spandrel_arch.spandrel else default
         report.error(f'{where}.{key}', f'differs from scale = {opt["scale"]}{default}', value)
@@ -985,6 +992,8 @@ def check_dataset(report, opt, name, block, is_train):
     data['name'] = data['name'] or name
     if data.get('meta_info_file', '') is None:
         del data['meta_info_file']  # SingleImageDataset opens it where the key exists
+    if kind == 'SRImageDataset' and data.get('dataroot_lq') is None and report.lacks_scale:
+        report.missing('scale', f'{where} makes LQ from GT, scale times smaller')
     always, in_training = keys.DATASET_NEEDS.get(kind, ((), ()))
     for key in [*always, *(in_training if phase == 'train' else ())]:
         if data.get(key) is None:

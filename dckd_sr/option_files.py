@@ -22,7 +22,7 @@ from pathlib import Path
 from dckd_sr import imports, safe_yaml
 from dckd_sr import option_checks as checks
 from dckd_sr import option_keys as keys
-from dckd_sr.errors import UserError, one_line
+from dckd_sr.errors import UserError, looked_in, one_line
 
 BASE = '_base_'
 _LARGEST = 4 << 20  # bytes of an option file
@@ -146,7 +146,7 @@ def _read(path, above, name):
             content = file.read(_LARGEST + 1)  # a device may never end
         text = content.decode('utf-8-sig')
     except FileNotFoundError:
-        raise OptionError([f'{chain}: no such file{_similar(path)}']) from None
+        raise OptionError([f'{chain}: no such file{looked_in(path)}{_similar(path)}']) from None
     except UnicodeDecodeError:
         raise OptionError([f'{chain}: not a UTF-8 text file']) from None
     except (OSError, ValueError) as error:  # the latter of a zero byte in the name

@@ -125,6 +125,7 @@ def resolve(raw, is_train, report, debug=False, launcher='none', auto_resume=Fal
     raw = copy.deepcopy(raw)
     import_modules(raw.get('imports'), report)
     rename(raw, report)
+    report.lacks_scale = raw.get('scale') is None
     checks.resolve_zoo(report, raw)
     model_type, spec = model_keys(raw, report, is_train)
     train_raw, datasets, given = raw.get('train'), raw.pop('datasets', None), set(raw)

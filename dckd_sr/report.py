@@ -21,7 +21,7 @@ import torch
 
 import dckd_sr
 from dckd_sr import compare, evaluation, logs, report_networks, safe_yaml
-from dckd_sr.errors import UserError, entry_point, nearest, reason
+from dckd_sr.errors import UserError, entry_point, looked_in, nearest, reason
 
 
 @entry_point()
@@ -145,7 +145,7 @@ def find(argument):
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         known = [path.name for path in sorted(Path('experiments').glob('*')) if list(path.glob('train_*.log'))]
-        raise UserError(f'{argument}: no such run or folder{nearest(argument, known)}')
+        raise UserError(f'{argument}: no such run or folder{looked_in(argument)}{nearest(argument, known)}')
     folder = folder.resolve() if folder.name in ('', '..') else folder
     if not (folder / 'compare.json').is_file() and not list(folder.glob('train_*.log')):
         raise UserError(f'{folder} has neither a train_*.log nor a compare.json: no run, and no finished comparison')

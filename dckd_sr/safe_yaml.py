@@ -11,6 +11,7 @@ from dckd_sr.errors import UserError
 _FLOAT = re.compile(r'[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z')
 _PREFIX = 'tag:yaml.org,2002:'
 _DEPTH, _SIZE = 100, 100_000  # of an option file: levels, and values with those that aliases repeat
+BACKSLASHES = 'in double quotes \\ begins an escape such as \\n; use single quotes, or / in the place of \\'
 _TAGS = {_PREFIX + name for name in ('null', 'bool', 'int', 'float', 'str', 'seq', 'map', 'merge')}
 
 
@@ -66,6 +67,7 @@ def parse_with_lines(text):
     try:
         _check_depth(text)
         loader = _Loader(text)
+        loader.text = text
         node = loader.get_single_node()
         if node is not None and _size(node, {}) > _SIZE:
             raise YAMLError([f'more than {_SIZE} values, with those that aliases repeat'])
@@ -76,7 +78,9 @@ def parse_with_lines(text):
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, 'problem_mark', None)
         where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
-        problems = [where + str(getattr(error, 'problem', None) or error).replace('\n', ' ')]
+        problem = str(getattr(error, 'problem', None) or error).replace('\n', ' ')
+        escape = 'escape' in problem or 'hexdecimal' in problem
+        problems = [where + problem + (f': {BACKSLASHES}' if escape else '')]
     finally:
         if loader is not None:
             loader.dispose()
@@ -139,11 +143,12 @@ def _problems(node, loader, parents):
     elif node.tag not in _TAGS:
         yield where + f'the tag {node.tag.replace(_PREFIX, "!!")} is not allowed, values are plain YAML'
     elif isinstance(node, yaml.ScalarNode):
+        if node.style == '"' and re.match(r'"[A-Za-z]:\\[^\\"]', loader.text[node.start_mark.index :]):
+            yield where + _shown(loader.text[node.start_mark.index : node.end_mark.index]) + f': {BACKSLASHES}'
         try:
             loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError):
-            value = node.value if len(node.value) <= 80 else f'{node.value[:77]}...'
-            yield where + f"'{value}' is not of the type {node.tag.replace(_PREFIX, '!!')}"
+            yield where + f"'{_shown(node.value)}' is not of the type {node.tag.replace(_PREFIX, '!!')}"
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _problems(item, loader, (*parents, node))
@@ -158,6 +163,10 @@ def _problems(node, loader, parents):
                     yield f"line {line}: the key '{key.value}' is already set in line {lines[key.value]}"
                 lines.setdefault(str(key.value), line)
             yield from _problems(value, loader, (*parents, node))
+
+
+def _shown(text):
+    return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def _lines(node, path=()):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dckd_sr import checkpoint, pictures
 from dckd_sr.commands import Parser
-from dckd_sr.errors import UserError, entry_point, out_of_memory, reason
+from dckd_sr.errors import UserError, entry_point, looked_in, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.model_files import Model, load
 from dckd_sr.ops.resize import imresize
@@ -115,7 +115,9 @@ def _images(sources):
     """What the command line names: images, or those of one folder."""
     for source in sources:
         if not source.exists():
-            raise UserError(f'{source} is not there; expected an image or a folder of images')
+            raise UserError(
+                f'{source} is not there{looked_in(source, " (looked in {})")}; expected an image or a folder'
+            )
         if source.is_dir() and len(sources) > 1:
             raise UserError(
                 f'{source} is a folder; expected it alone, or images: the outputs of a folder get their own'

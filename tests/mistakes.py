@@ -102,6 +102,7 @@ for _text, _content in {
     'a key that is set twice': b'name: run\nscale: 2\nscale: 4\n',
     'a key that is a number': b'name: run\n4: scale\n',
     'a Python object in the option file': b'name: !!python/object/apply:os.system ["touch HACKED"]\n',
+    'a Windows path in double quotes': b'path: {pretrain_network_t: "C:\\new\\teacher.pth"}\n',
     'a block that contains itself': b'train: &a\n  optim_g: *a\n',
     'a thousand levels of YAML': b'train: ' + b'[' * 1000,
     'YAML aliases that multiply': b'a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n'
@@ -205,6 +206,7 @@ MISTAKES.update(
         'no loss': ['train:pixel_opt=~', 'train:logits_opt=~', 'train:cl_opt=~', 'train:ce_opt=~'],
         'a loss against a teacher without a teacher': ['network_t=~', 'path:pretrain_network_t=~'],
         'a teacher without weights': 'path:pretrain_network_t=~',
+        'a super-resolution without `scale`': 'scale=null',
         'a student of another scale': 'network_g:upscale=4',
         'a teacher of another scale': 'network_t:upscale=4',
         'a teacher with other channels': 'network_t:num_out_ch=1',

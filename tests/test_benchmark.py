@@ -300,7 +300,7 @@ def test_a_teacher_that_only_its_file_describes_must_be_there():
     [
         ([], 'required: COMMAND'),
         (['step'], 'required: -opt/--opt'),
-        (['step', '-opt', 'train_swinir'], "-opt train_swinir: no such file (did you mean '"),
+        (['step', '-opt', 'train_swinir'], '-opt train_swinir: no such file in'),
         (['step', '-opt', 'train_swinir_x4', '--device', 'tpu'], '--device tpu: expected cuda or cpu'),
         (['step', '-opt', 'train_swinir_x4', '--batch', '0'], '--batch 0: expected at least 1'),
         (['infer', '-opt', 'train_swinir_x4', '--batch', '-1'], '--batch -1: expected at least 1'),

@@ -120,7 +120,7 @@ def test_refused():
     save({'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 4}, 'judge.pth')
     write({'network_g': {'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 4}}, 'judge.yml')
     for arguments, message in (
-        (('absent.pth',), 'absent.pth is not there; expected the file of a network'),
+        (('absent.pth',), 'absent.pth is not there .looked in .*; expected the file of a network'),
         (('.',), 'is a folder'),
         (('text.pth',), 'text.pth is no PyTorch checkpoint'),
         (('other.pth',), 'other.pth is of no arch that its tensors tell: -opt FILE, with its network'),

@@ -293,6 +293,29 @@ class TestOtherModels:
         problems = problems_of(esrgan(), override)
         assert len(problems) == 1 and problems[0].startswith(start), problems
 
+    def test_a_scale_that_is_missing(self):
+        opt = dckd()
+        del opt['scale']
+        assert problems_of(opt) == ['scale: missing; network_g.upscale = 4']  # once, for both networks
+        assert problems_of(dckd(), 'scale=null') == ['scale: missing; network_g.upscale = 4']
+        opt['network_g'] = {'type': 'RRDBNet', 'num_in_ch': 3, 'num_out_ch': 3}
+        assert problems_of(opt) == ['scale: missing; network_g.scale = 4, its default']
+        opt['network_g'] = {'type': 'zoo', 'name': 'SwinIR-M_DF2K_s64w8_x4'}
+        assert 'scale: missing; network_g.name = SwinIR-M_DF2K_s64w8_x4 is of scale 4' in problems_of(opt)
+        opt = esrgan()
+        del opt['scale']
+        opt['network_g'] = {'type': 'NAFNet'}
+        assert load(opt)[0]['scale'] == 1
+        opt['datasets']['val_2'] = {'type': 'SRImageDataset', 'dataroot_gt': 'HR'}
+        assert problems_of(opt) == ['scale: missing; datasets.val_2 makes LQ from GT, scale times smaller']
+
+    def test_a_path_with_an_escape_in_it(self):
+        (problem,) = problems_of(dckd(), 'path:pretrain_network_g="models\\new.pth"')
+        assert (
+            problem.startswith('path.pretrain_network_g = models\\new.pth: no such file in ')
+            and 'single quotes' in problem
+        )
+
     def test_a_default_scale_that_differs(self):
         opt = esrgan()
         opt['network_g'] = {'type': 'SwinIR', 'window_size': 8, 'upsampler': 'pixelshuffle'}
@@ -565,8 +588,11 @@ class TestDatasets:
         }
         opt, warnings = load(opt, 'path:pretrain_network_g=teacher.pth', is_train=False)
         assert 'missing' not in opt['datasets']['test_1']
-        assert opt['datasets']['test_2']['missing'] == 'datasets.test_2.dataroot_gt = none/here: no such folder'
-        assert warnings == ['datasets.test_2.dataroot_gt = none/here: no such folder; skipped']
+        assert (
+            opt['datasets']['test_2']['missing']
+            == f'datasets.test_2.dataroot_gt = none/here: no such folder in {Path.cwd()}'
+        )
+        assert warnings == [f'{opt["datasets"]["test_2"]["missing"]}; skipped']
 
     def test_sets_of_the_other_kind(self):
         opt = dckd()

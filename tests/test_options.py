@@ -228,7 +228,7 @@ def test_one_problem_is_one_line(break_, capsys):
     opt = dckd()
     opt['train'][f'a{break_}key'] = 1
     opt['network_g'][f'an{break_}argument'] = 1
-    opt['datasets']['train']['dataroot_gt'] = f'C:{break_}ew'
+    opt['datasets']['train']['dataroot_gt'] = f'some{break_}ew'
     opt['datasets'][f'val_{break_}'] = {**PAIRED, 'name': 'x'}
     opt['path']['pretrain_network_t'] = f'a{break_}b.pth'
     opt['val']['metrics'][f'p{break_}'] = {'type': f'no{break_}metric'}
@@ -246,8 +246,10 @@ def test_one_problem_is_one_line(break_, capsys):
 class TestFiles:
     def test_missing(self):
         write(dckd(), 'my_dckd.yml')
-        assert message('my_dkcd.yml') == "-opt my_dkcd.yml: no such file (did you mean 'my_dckd.yml'?)"
-        assert message('nowhere/else.yml') == '-opt nowhere/else.yml: no such file'
+        here = f'no such file in {Path.cwd()}'
+        assert message('my_dkcd.yml') == f"-opt my_dkcd.yml: {here} (did you mean 'my_dckd.yml'?)"
+        assert message('nowhere/else.yml') == f'-opt nowhere/else.yml: {here}'
+        assert message('/nowhere/else.yml') == '-opt /nowhere/else.yml: no such file'
 
     def test_missing_but_shipped(self):
         shipped = Path(options.__file__).parents[1] / 'options' / 'train_edsr_x4.yml'

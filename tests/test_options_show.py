@@ -138,7 +138,7 @@ class TestCommand:
 
     def test_mistakes(self, capsys):
         assert options.main(['show', 'nowhere.yml']) == 2
-        assert capsys.readouterr().err == 'error: -opt nowhere.yml: no such file\n'
+        assert capsys.readouterr().err == f'error: -opt nowhere.yml: no such file in {Path.cwd()}\n'
         assert options.main([]) == 2 and options.main(['--help']) == 0
 
     @pytest.mark.filterwarnings('ignore:.*found in sys.modules')

@@ -361,7 +361,7 @@ def test_pictures_of_noise_keep_to_the_size_of_a_page(monkeypatch):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['rum'], "rum: no such run or folder (did you mean 'run'?)"),
+        (['rum'], "(did you mean 'run'?)"),
         (['empty'], 'empty has neither a train_*.log nor a compare.json'),
         (['run', '-o', 'empty'], '-o empty: a folder; expected the name of the HTML file'),
         (['run', '-o', 'file/page.html'], 'cannot write file/page.html'),

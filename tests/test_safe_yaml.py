@@ -75,6 +75,29 @@ def test_refused(text, problems, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ('text', 'start'),
+    [
+        (r'a: "D:\data\HR"', 'line 1, column 7: found unknown escape character: in double quotes'),
+        (r'a: "C:\Users\me"', 'line 1, column 9: '),
+        (r'a: "C:\x"', 'line 1, column 9: '),
+        (r'a: "..\data"', 'line 1, column 7: found unknown escape character: in double quotes'),
+        ('é: 1\nb: [x, "C:\\new\\train\\best"]', r'line 2: "C:\new\train\best": in double quotes'),
+        (r'a: "c:\t"', r'line 1: "c:\t": in double quotes'),
+    ],
+)
+def test_windows_paths_in_double_quotes(text, start):
+    with pytest.raises(safe_yaml.YAMLError) as error:
+        safe_yaml.parse(text)
+    (problem,) = error.value.problems
+    assert problem.startswith(start) and problem.endswith('use single quotes, or / in the place of \\')
+
+
+@pytest.mark.parametrize('text', [r"'C:\new'", r'C:\new', r'"C:\\new"', r'"C:/new"', r'"\\\\host\\new"'])
+def test_windows_paths_that_are_fine(text):
+    assert '\n' not in safe_yaml.parse(f'a: {text}')['a']
+
+
 def test_dump_and_parse_are_inverse():
     value = {'b': 1e-7, 'a': [1, None, True, '1e-4', 'é', '~', 'on', '{}x4'], 'c': {}}
     text = safe_yaml.dump(value)

@@ -103,7 +103,7 @@ SR = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1}
         (
             {'type': 'EDSR', **SR, 'upscale': 4},
             {'path': 'absent.pth'},
-            'network_t.path = absent.pth: no such file',
+            'network_t.path = absent.pth: no such file in HERE',
         ),
         (
             {'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 8},
@@ -119,7 +119,7 @@ def test_mistakes_are_one_line_each(tmp_path, teacher, block, problem):
     opt = option_files.dckd()
     del opt['path']['pretrain_network_t'], opt['path']['param_key_t'], opt['path']['strict_load_t']
     opt['network_t'] = {'type': 'spandrel', 'path': 't.pth', **block}
-    assert '; '.join(option_files.problems_of(opt)) == problem
+    assert '; '.join(option_files.problems_of(opt)) == problem.replace('HERE', str(tmp_path))
 
 
 def test_what_a_file_tells_is_used(tmp_path):

@@ -349,7 +349,9 @@ def test_missing_files_are_said_with_the_command_and_not_fetched(tmp_path, monke
     opt = zoo_options(tmp_path, network_t={'type': 'zoo', 'name': name})
     path = zoo.path_of(zoo.ENTRIES[name]).as_posix()
     command = f'python -m dckd_sr.zoo get {name}'
-    assert option_files.problems_of(opt) == [f'path.pretrain_network_t = {path}: no such file; get it: {command}']
+    assert option_files.problems_of(opt) == [
+        f'path.pretrain_network_t = {path}: no such file in {Path.cwd()}; get it: {command}'
+    ]
     opt = zoo_options(tmp_path / 'x', network_t={'type': 'zoo', 'name': 'RCAN_DIV2K_s48_x4'})
     [problem] = option_files.problems_of(opt)
     assert problem.startswith('network_t.path = experiments/') and problem.endswith('zoo get RCAN_DIV2K_s48_x4')

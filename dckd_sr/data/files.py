@@ -11,7 +11,7 @@ import numpy as np
 
 from dckd_sr.data import decoding
 from dckd_sr.data.decoding import SUFFIXES
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, looked_in
 
 
 def image_names(folder: str) -> list[str]:
@@ -21,7 +21,7 @@ def image_names(folder: str) -> list[str]:
         UserError: no such folder, or no image in it.
     """
     if not os.path.isdir(folder):
-        raise UserError(f'folder not found: {folder}')
+        raise UserError(f'folder not found: {folder}{looked_in(folder, " (looked in {})")}')
     with os.scandir(folder) as entries:
         entries = [e for e in entries if not e.name.startswith('.') and e.name.lower().endswith(SUFFIXES)]
     dangling = sorted(e.path for e in entries if e.is_symlink() and not os.path.exists(e.path))
@@ -48,7 +48,7 @@ def meta_info_names(meta_info_file: str, folder: str) -> list[str]:
                 stacklevel=2,
             )
             return image_names(folder)
-        raise UserError(f'meta_info_file not found: {meta_info_file}')
+        raise UserError(f'meta_info_file not found: {meta_info_file}{looked_in(meta_info_file, " (looked in {})")}')
     with open(meta_info_file, encoding='utf-8') as file:
         names = [_name_of(line) for line in file if line.strip()]
     if not names:

@@ -10,7 +10,7 @@ from dckd_sr.data import jobs, pair_sizes
 from dckd_sr.data.decoding import decode
 from dckd_sr.data.files import lmdb_keys, read_bytes, read_lmdb
 from dckd_sr.data.preparing import Result, pixels_of, refuse_inside, stems_of, unfit_text
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, looked_in
 
 RAIN_TEST_SETS = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
 
@@ -18,7 +18,7 @@ RAIN_TEST_SETS = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
 def make_pairs(args):
     """``pairs``: blur/sharp or input/target folders as lq/gt folders."""
     if not os.path.isdir(args.source):
-        raise UserError(f'folder not found: {args.source}')
+        raise UserError(f'folder not found: {args.source}{looked_in(args.source, " (looked in {})")}')
     refuse_inside([args.out], [args.source])
     groups = (_gopro if args.dataset == 'gopro' else _rain13k)(args.source)
     result, todo, counts = Result(), [], {}
