@@ -1,23 +1,28 @@
 """Several processes, by torch.distributed: joining them, agreeing between them, and the signals that end them."""
 
+import contextlib
 import ctypes
 import gc
+import json
 import multiprocessing.connection
 import os
 import platform
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
 
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, reason
 
 _NEEDED = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 _SLURM = (('RANK', 'SLURM_PROCID'), ('WORLD_SIZE', 'SLURM_NTASKS'), ('LOCAL_RANK', 'SLURM_LOCALID'))
 _host_group = None
+_alarm = None
 
 
 def start(opt, launcher):
@@ -26,7 +31,7 @@ def start(opt, launcher):
     Raises:
         UserError: the launcher's variables are missing, or the others cannot be reached.
     """
-    global _host_group
+    global _host_group, _alarm
     if launcher == 'none':
         return
     if launcher == 'slurm':
@@ -44,6 +49,7 @@ def start(opt, launcher):
     try:
         torch.distributed.init_process_group('nccl' if use_cuda else 'gloo', timeout=timedelta(minutes=10))
         _host_group = torch.distributed.new_group(backend='gloo') if use_cuda else None
+        _alarm = _Alarm()
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [''])[0]
         raise UserError(
@@ -79,8 +85,12 @@ def _read_slurm(opt):
 
 def stop():
     """Leave the process group, if there is one."""
-    global _host_group
-    _host_group = None
+    global _host_group, _alarm
+    _host_group, alarm, _alarm = None, _alarm, None
+    if alarm is not None:
+        alarm.over.set()
+        if alarm.raised and torch.distributed.get_backend() == 'nccl':
+            return  # it would wait for those that have gone
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # models that hold the group: its threads may not outlive Python, which would abort
         torch.distributed.destroy_process_group()
@@ -102,6 +112,67 @@ def share(value, opt):
     values = [value]
     torch.distributed.broadcast_object_list(values, 0, group=_host_group)
     return values[0]
+
+
+class _Alarm:
+    """Tells the other ranks of an error on one, whatever they are doing, and ends this one when it is told.
+
+    A rank that waits in a collective for one that has failed would wait for minutes, and then say something else.
+    """
+
+    LISTEN, WAIT = 0.5, 10  # seconds between two looks; for the others to have heard
+
+    def __init__(self):
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        self.key, self.heard = f'dckd_sr/error/{attempt}', f'dckd_sr/heard/{attempt}'
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        # A connection of its own to the store of the process group: that one may be waiting for something.
+        address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), self.size, False
+        self.store = torch.distributed.TCPStore(*address, timeout=timedelta(minutes=1), wait_for_workers=False)
+        self.raised, self.over = False, threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        with contextlib.suppress(RuntimeError):  # rank 0, which may keep the store, has ended
+            while not self.over.wait(self.LISTEN):
+                if self.store.check([self.key]) and not self.over.is_set():
+                    rank, code, text = json.loads(self.store.get(self.key))
+                    print(f'error: rank {rank}: {text}', file=sys.stderr, flush=True)
+                    self.store.add(self.heard, 1)
+                    os._exit(code)
+
+    def tell(self, code, text):
+        """End the other ranks with an exit code and a message; the first one that tells is heard."""
+        self.raised, deadline = True, time.monotonic() + self.WAIT
+        self.over.set()
+        with contextlib.suppress(RuntimeError):
+            ours = json.dumps([self.rank, code, text])
+            if self.store.compare_set(self.key, '', ours).decode() != ours:
+                self.store.add(self.heard, 1)  # this one ends, too, with an error of its own
+                return
+            while self.store.add(self.heard, 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def together():
+    """What ends one rank in here ends all of them, at once and with its error."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError):
+            tell(2, str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            tell(130, 'interrupted')
+        else:
+            tell(1, reason(error))
+        raise
+
+
+def tell(code, text):
+    """End the other ranks, if there are any, with an exit code and a message."""
+    if _alarm is not None:
+        _alarm.tell(code, text)
 
 
 class Stopped(BaseException):

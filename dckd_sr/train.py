@@ -56,13 +56,15 @@ def train(opt, args, notes=()):
         exit code, see `main`.
     """
     processes.start(opt, args.launcher)
-    with processes.Signals() as signals, contextlib.ExitStack() as held:
+    with processes.Signals() as signals, contextlib.ExitStack() as held, processes.together():
         try:
             signals.interruptible = True
             prepared = prepare(opt, args, notes, held)
             signals.interruptible = False
         except processes.Stopped:
-            print('stopped before the first iteration: there is nothing to save', file=sys.stderr)
+            text = 'stopped before the first iteration: there is nothing to save'
+            processes.tell(signals.exit_code, text)
+            print(text, file=sys.stderr)
             return signals.exit_code
         return run(opt, *prepared, signals)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from small_run import dckd_run, write
 
-from dckd_sr import train
+from dckd_sr import locks, train
 
 CRASH = """
 import os
@@ -49,6 +49,26 @@ def record(self):
 
 
 DCKDModel.test = record
+"""
+ONE_FAILS = """
+import os
+import time
+from dckd_sr.errors import UserError
+from dckd_sr.models.dckd_model import DCKDModel
+
+feed, fails = DCKDModel.feed_data, os.environ['FAILS']
+
+
+def feed_data(self, data):
+    if self.net_g.training and self.steps.iteration == 2:
+        if os.environ['RANK'] == fails:
+            raise {error}('this rank is broken')
+        if {busy}:
+            time.sleep(600)  # between two collectives
+    feed(self, data)
+
+
+DCKDModel.feed_data = feed_data
 """
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -227,6 +247,50 @@ def test_sigterm_to_one_rank_stops_all_at_one_iteration_and_the_run_resumes(opt)
     assert train.main(['-opt', write(opt), '--auto_resume']) == 0
     log = '\n'.join(file.read_text() for file in Path('experiments/run').glob('train_*.log'))
     assert 'is of 2 process(es), this run has 1: it continues, but not exactly' in log
+
+
+def without_a_launcher(opt, **environment):
+    """Two ranks that nobody ends but they themselves: (exit codes, what they printed)."""
+    port, command = str(free_port()), [sys.executable, '-m', 'dckd_sr.train', '-opt', write(opt)]
+    world = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'OMP_NUM_THREADS': '1'}
+    ranks = [
+        subprocess.Popen(
+            [*command, '--launcher', 'pytorch'],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **world, 'RANK': rank, 'LOCAL_RANK': rank, 'PYTHONPATH': str(ROOT), **environment},
+        )
+        for rank in '01'
+    ]
+    try:
+        printed = [process.communicate(timeout=90)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [process.returncode for process in ranks], printed
+
+
+@pytest.mark.parametrize(
+    'fails, error, busy', [(1, 'UserError', True), (0, 'UserError', False), (1, 'RuntimeError', True)]
+)
+def test_an_error_on_one_rank_ends_all_with_that_error(opt, fails, error, busy):
+    """Also where the other one is between two collectives, or waits in one, and no launcher ends it."""
+    Path('one_fails.py').write_text(ONE_FAILS.format(error=error, busy=busy))
+    opt['imports'] = ['one_fails']
+    codes, printed = without_a_launcher(opt, FAILS=str(fails))
+    what = 'this rank is broken' if error == 'UserError' else 'iteration 2: this rank is broken'
+    assert codes == [2, 2], printed
+    assert printed[1 - fails].rstrip().endswith(f'error: rank {fails}: {what}'), printed[1 - fails]
+    assert f'error: {what}' in printed[fails] and 'closed by peer' not in ''.join(printed)
+
+
+def test_rank_0_alone_is_refused_the_folder_and_the_others_hear_why(opt):
+    opt['train']['total_iter'] = 1
+    assert train.main(['-opt', write(opt)]) == 0
+    with locks.sole_writer(Path('experiments/run')):
+        codes, printed = without_a_launcher(opt)
+    assert codes == [2, 2] and 'error: rank 0: another training is writing to' in printed[1]
 
 
 def free_port():
