@@ -2,7 +2,8 @@
 
 A recipe is an option file with everything that any of the methods needs. Each method is the recipe without the blocks
 of the others: networks, data, initial weights (by seed), order of the samples, schedule and number of iterations are
-the same for all. Runs are ordinary ones under ``experiments/``; finished ones stay, those that were cut off continue.
+the same for all. Runs are ordinary ones under ``experiments/``; finished ones stay and those that were cut off continue
+as long as what they are made from is the same by content (see `sources`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import math
 import os
 import queue
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from basicsr.utils import get_time_str
 
-from dckd_sr import evaluation, option_files, options, safe_yaml, test
+from dckd_sr import evaluation, option_files, options, safe_yaml, sources, test
 from dckd_sr.commands import Parser
 from dckd_sr.errors import UserError, entry_point, nearest
 from dckd_sr.option_checks import Report
@@ -60,6 +64,7 @@ _COUNTED = {
     'val': ('val_freq',),
     'logger': ('print_freq', 'save_checkpoint_freq'),
 }
+_LINE = 60  # seconds between two lines about what trains, where there is no terminal
 
 
 @dataclass
@@ -70,16 +75,26 @@ class Run:
         method: its column name, as asked for.
         options: the whole option file.
         path: where it is written.
+        made_from: what its weights depend on, see `sources.of_training`.
     """
 
     method: str
     seed: int
     options: dict
     path: Path
+    made_from: dict = field(default_factory=dict)
 
     @property
     def name(self):
         return self.options['name']
+
+    @property
+    def folder(self):
+        return Path('experiments') / self.name
+
+    @property
+    def log(self):
+        return self.path.with_suffix('.log')
 
 
 @entry_point('interrupted; the same command continues')
@@ -128,17 +143,25 @@ def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
     folder = Path('results') / f'compare_{file.options.get("name")}'
     for run in runs:
         run.path = folder / 'options' / f'{run.name}.yml'
-        report = Report()
-        problems, _ = options.check(run.options)
-        resolved = options.resolve(run.options, False, report)
+        if run.path.exists() and run.path.samefile(file.path):
+            raise UserError(f'-opt {recipe}: the option file of {run.name} would be written over it: copy it elsewhere')
+        run.options = safe_yaml.parse(safe_yaml.dump(run.options))  # as the training will read it
+        report, tested = Report(), Report()
+        trained = options.resolve(run.options, True, report)
+        problems, resolved = report.problems, options.resolve(run.options, False, tested)
         # What would stop the test is better told before the training; the weights are what that makes.
-        for problem in report.problems:
+        for problem in tested.problems:
             if problem not in problems and not problem.startswith('path.pretrain_network_g'):
                 problems.append(problem)
         if problems:
             raise option_files.OptionError(problems, f'{recipe}, method {run.method}')
+        run.made_from = sources.of_training(trained)
+    refuse(runs, steps)
     for note in test.split_sets(resolved['datasets'])[1].values():  # every run has the same sets
         print(note)
+    archive_tables(folder, runs)
+    for run in runs:
+        record(run, steps)
     train_all(runs, jobs)
     return write_tables(folder, *score(runs), runs)
 
@@ -246,40 +269,74 @@ def label(method):
 # Running
 
 
+def refuse(runs, steps):
+    """Nothing that is finished gives way to another number of steps, and nothing that a run reads is moved aside.
+
+    Args:
+        steps: as `compare`.
+
+    Raises:
+        UserError: it would; the message names what helps.
+    """
+    todo = [run for run in runs if not finished(run)]
+    for run in todo:
+        former, wanted = sources.read(run.folder), run.options['train']['total_iter']
+        if not former and list(run.folder.glob('models/net_g_latest.*')):
+            raise UserError(
+                f'{run.folder} has no {sources.RECORD}, which would say what it was made from (an earlier version of '
+                'dckd_sr wrote none): move it away, or give this comparison another name with --force_yml name=NAME'
+            )
+        count = former['made_from']['options'].get('train.total_iter') if former.get('weights') else wanted
+        if count != wanted and (steps is not None or _steps_of(run)):
+            name = run.path.parents[1].name.removeprefix('compare_')
+            raise UserError(
+                f'{f"--steps {steps}" if steps is not None else f"{wanted} iterations"}: {run.name} is finished with '
+                f'{count} iterations, and would be moved aside with its table; give this comparison a name of its own: '
+                f'--force_yml name={name}_{wanted}'
+            )
+    for run, other in itertools.product(runs, todo):
+        for key, (path, _) in run.made_from.get('contents', {}).items():
+            if other.folder.resolve() in Path(path).resolve().parents:
+                raise UserError(
+                    f'{run.name}: {key} = {path} is of {other.name}, which this comparison trains, too: '
+                    'make what is read first, by a comparison of its own'
+                )
+
+
 def train_all(runs, jobs=None):
     """Train what is not finished: as many at a time as there are GPUs, each with one of its own.
 
     Raises:
         UserError: a training failed; the others that were under way have ended, and no further one was started.
     """
-    todo, gpus = queue.SimpleQueue(), torch.cuda.device_count() if runs[0].options.get('num_gpu') != 0 else 0
+    todo, gpus = queue.SimpleQueue(), visible_gpus() if runs[0].options.get('num_gpu') != 0 else []
     waiting = [run for run in runs if not finished(run)]
-    for run in runs:
-        if run in waiting:
-            todo.put(run)
-        else:
-            record(run)  # other test sets, perhaps
-    jobs = jobs or max(1, gpus)
+    for run in waiting:
+        todo.put(run)
+    jobs = jobs or max(1, len(gpus))
     print(f'{len(runs)} trainings, {len(runs) - len(waiting)} of them finished, {jobs} at a time', flush=True)
     failed, stop, began, done = [], threading.Event(), time.monotonic(), itertools.count(1)
+    live = Live()
 
     def work(slot):
-        environment = {**os.environ, **({'CUDA_VISIBLE_DEVICES': str(slot % gpus)} if gpus else {})}
+        environment = {**os.environ, **({'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {})}
         while not stop.is_set():
             try:
                 run = todo.get_nowait()
             except queue.Empty:
                 return
             started = time.monotonic()
+            live.begin(run, how_it_starts(run))
             code, message = train(run, environment)
             if code:
                 failed.append((code, f'{run.name}: {message}'))
+                live.end(run, f'{run.name}: failed')
                 stop.set()
                 return
             count, now = next(done), time.monotonic()
             left = _duration((now - began) / count * (len(waiting) - count))
             took = _duration(now - started)
-            print(f'{run.name}: {took}; {count} of {len(waiting)}, about {left} left', flush=True)
+            live.end(run, f'{run.name}: {took}; {count} of {len(waiting)}, about {left} left')
 
     threads = [threading.Thread(target=work, args=(slot,)) for slot in range(min(jobs, len(waiting)))]
     try:
@@ -288,6 +345,7 @@ def train_all(runs, jobs=None):
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)  # waits for seconds only, so that Ctrl-C is heard
+                live.show()
     except KeyboardInterrupt:
         stop.set()  # the trainings have heard the signal, too, and save
         for thread in threads:
@@ -299,41 +357,111 @@ def train_all(runs, jobs=None):
         raise UserError(failed[0][1])
 
 
-def finished(run):
-    """Whether this very training, of which the option file in the results is the record, is at its end."""
-    return begun(run) and _weights(run).is_file()
+def visible_gpus():
+    """What CUDA_VISIBLE_DEVICES is to be for a training on each of the GPUs that the user lets this process see.
+
+    They may be named by index, UUID or MIG device, of which last CUDA shows one process the first one only.
+    """
+    count, named = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')
+    if named is None or not count:
+        return [str(index) for index in range(count)]
+    named = list(dict.fromkeys(name.strip() for name in named.split(',')))
+    return named if all(name.startswith('MIG-') for name in named) else named[:count]
 
 
-def begun(run):
-    """Whether the option file is that of this training; which sets a test uses does not matter to it."""
+class Live:
+    """What trains now: a line that changes on a terminal, elsewhere one a minute."""
 
-    def training(opt):
-        sets = (opt.get('datasets') or {}).items()
-        return {**opt, 'datasets': {name: block for name, block in sets if not name.startswith('test')}}
+    def __init__(self):
+        self.runs, self.lock, self.shown, self.printed = {}, threading.Lock(), '', time.monotonic()
 
-    if not run.path.is_file():
-        return False
+    def begin(self, run, how):
+        with self.lock:
+            self._clear()
+            print(f'{run.name}: {how}; log: {run.log}', flush=True)
+            self.runs[run.name] = run, run.log.stat().st_size if run.log.is_file() else 0
+
+    def end(self, run, text):
+        with self.lock:
+            self._clear()
+            del self.runs[run.name]
+            print(text, flush=True)
+
+    def show(self):
+        with self.lock:
+            terminal, now = sys.stdout.isatty(), time.monotonic()
+            if now - self.printed < (1 if terminal else _LINE) or not self.runs:
+                return
+            self.printed = now
+            text = '; '.join(f'{run.name} {_progress(run, start)}' for run, start in self.runs.values())
+            if terminal:
+                self._clear()
+                self.shown = text[: shutil.get_terminal_size().columns - 1]
+                print(self.shown, end='', flush=True)
+            else:
+                print(text, flush=True)
+
+    def _clear(self):
+        if self.shown:
+            print('\r' + ' ' * len(self.shown), end='\r')
+            self.shown = ''
+
+
+_ITERATION = re.compile(r'iter: *([\d,]+), lr:.*?\[eta: ([^,\]]*(?:, [\d:]+)?), time')
+
+
+def _progress(run, start):
+    """'1,200 of 50,000, 1:02:03 left', by the last line of the log after what earlier processes wrote."""
     try:
-        former = safe_yaml.parse(run.path.read_text(encoding='utf-8', errors='replace'))
-    except UserError:
-        return False
-    return isinstance(former, dict) and training(former) == training(safe_yaml.parse(safe_yaml.dump(run.options)))
+        with open(run.log, 'rb') as file:
+            file.seek(max(start, os.path.getsize(run.log) - 2**14))
+            found = _ITERATION.findall(file.read().decode(errors='replace'))
+    except OSError:
+        found = []
+    if not found:
+        return 'starts'
+    return f'{found[-1][0]} of {run.options["train"]["total_iter"]:,}, {found[-1][1]} left'
 
 
-def record(run):
-    """Write the run's option file, unless it is there: its date says whether the results are of these options."""
-    text = safe_yaml.dump(run.options)
+def finished(run):
+    """Whether this very training, by what it is made from, is at its end, and its weights are as it left them."""
+    return sources.lacking(run.folder, run.made_from) is None and sources.final_weights(run.folder) is not None
+
+
+def how_it_starts(run):
+    """In words; a folder of this name that holds another training is moved aside by the training itself."""
+    why = sources.lacking(run.folder, run.made_from) if run.folder.exists() else 'new'
+    if why in (None, 'new'):
+        return 'training' if why else 'continues'
+    return f'training anew, the run that is there is moved aside ({why})'
+
+
+def record(run, steps=None):
+    """Write the run's option file, with which it is trained and tested; what it was made from is in its own folder."""
+    text = _steps_of(run) if finished(run) else f'{_BY_STEPS}{steps}\n' if steps is not None else ''
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    if not run.path.is_file() or run.path.read_text(encoding='utf-8', errors='replace') != text:
-        run.path.write_text(text, encoding='utf-8')
+    run.path.write_text(text + safe_yaml.dump(run.options), encoding='utf-8')
 
 
-def _weights(run):
-    folder = Path('experiments') / run.name / 'models'
-    suffix = (run.options.get('logger') or {}).get('save_checkpoint_format', 'pth')
-    plain = folder / f'net_g_latest.{suffix}'
-    averaged = folder / f'net_g_ema_latest.{suffix}'  # safetensors files have one network each
-    return averaged if averaged.is_file() else plain
+_BY_STEPS = '# compare --steps '
+
+
+def _steps_of(run):
+    """The line of the run's option file that says that --steps was given, or ''."""
+    try:
+        first = run.path.read_text(encoding='utf-8', errors='replace').partition('\n')[0]
+    except OSError:
+        return ''
+    return f'{first}\n' if first.startswith(_BY_STEPS) else ''
+
+
+def archive_tables(folder, runs):
+    """Give the tables of another recipe, whose finished runs are about to be moved aside, a name of their own."""
+    if any(sources.read(run.folder).get('weights') and not finished(run) for run in runs):
+        now = get_time_str()
+        for path in sorted(folder.glob('compare.*')):
+            path.rename(path.with_name(f'compare_archived_{now}{path.suffix}'))
+            print(f'{path}: of another recipe, moved to compare_archived_{now}{path.suffix}')
 
 
 def train(run, environment):
@@ -342,17 +470,26 @@ def train(run, environment):
     Returns:
         (exit code, its last message).
     """
-    again = begun(run)
-    if not again:
-        _weights(run).unlink(missing_ok=True)
-    record(run)
+    again = sources.lacking(run.folder, run.made_from) is None
     command = [sys.executable, '-m', 'dckd_sr.train', '-opt', str(run.path), *(['--auto_resume'] if again else [])]
-    log = run.path.with_suffix('.log')
-    with open(log, 'a', encoding='utf-8') as file:
+    with open(run.log, 'ab') as file:
+        start = file.seek(0, os.SEEK_END)
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-    errors = [line for line in lines if line.startswith('error: ')] or lines
-    return code, f'{errors[-1].removeprefix("error: ") if errors else "no message"} (all of it: {log})'
+    lines = run.log.read_bytes()[start:].decode(errors='replace').strip().splitlines()
+    errors = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
+    if code < 0:
+        errors.append(f'ended by {_signal(-code)}')
+    elif code == 0 and sources.final_weights(run.folder) is None:
+        code = 130  # by SIGUSR1, which is no failure: it has saved
+    message = (errors or lines or ['no message'])[-1]
+    return code, f'{message} (all of it: {run.log})'
+
+
+def _signal(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f'signal {number}'
 
 
 def _duration(seconds):
@@ -369,7 +506,7 @@ def score(runs):
     """Test every run, the teacher and bicubic once.
 
     Returns:
-        (method -> (set, metric) -> list of means, one a seed; row -> the same for teacher and bicubic).
+        (method -> (set, metric) -> seed -> mean; row -> (set, metric) -> [mean] for teacher and bicubic).
     """
     scores, fixed = {}, {}
     teacher = next((run for run in runs if run.options.get('network_t')), None)
@@ -380,29 +517,40 @@ def score(runs):
             means = {(name, metric): value for name, part in sets.items() for metric, value in part['means'].items()}
             if network == 'student':
                 for column, value in means.items():
-                    scores.setdefault(run.method, {}).setdefault(column, []).append(float(value))
-            else:
+                    scores.setdefault(run.method, {}).setdefault(column, {})[run.seed] = float(value)
+            elif whole:
                 row = TEACHER if network == 'teacher' else network
                 fixed[row] = {column: [float(value)] for column, value in means.items()}
     return scores, fixed
 
 
 def tested(run, whole, pictures):
-    """A run's results by set, from its file where weights and options have not changed since.
+    """A run's results by set, from its file where what they are made from is the same.
+
+    They lie beside the tables: what is in ``results/RUN`` is of tests that the user runs.
 
     Args:
         whole: with the rows of bicubic and of the teacher.
         pictures: keep the images, to look at.
     """
-    weights, kept = _weights(run), Path('results') / run.name / 'results.json'
-    if kept.is_file() and kept.stat().st_mtime > max(weights.stat().st_mtime, run.path.stat().st_mtime):
-        results = json.loads(kept.read_text(encoding='utf-8'))['results']
-        if not whole or len(results) > 1:
-            return results
+    weights, folder = sources.final_weights(run.folder), run.path.parents[1] / 'tests' / run.name
+    if weights is None:
+        raise UserError(f'{run.folder}: its final weights are not those of its training any more')
+    teacher = whole and bool(run.options.get('network_t'))
     argv = ['-opt', str(run.path), '--force_yml', f'path:pretrain_network_g={weights}']
-    argv += (['--with_teacher'] if run.options.get('network_t') else []) if whole else ['--no_bicubic']
+    argv += (['--with_teacher'] if teacher else []) if whole else ['--no_bicubic']
     argv += ['--save_img'] if pictures else []
     opt, args, _ = options.parse(argv, is_train=False, command=test.parser())
+    opt['path'].update(results_root=str(folder), log=str(folder), visualization=str(folder / 'visualization'))
+    kept = folder / 'results.json'
+    try:
+        content = json.loads(kept.read_text(encoding='utf-8'))
+        needed = {'student', *(['teacher'] if teacher else []), *(['bicubic'] if whole and opt['scale'] > 1 else [])}
+        changed = sources.difference(content['made_from'], test.made_from(opt, args))
+        if changed is None and needed <= set(content['results']):
+            return content['results']
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or not a whole one
     logging.disable(logging.INFO)  # the table is what the user asked for
     try:
         test.test(opt, args)
@@ -427,28 +575,50 @@ def write_tables(folder, scores, fixed, runs):
     Mean and standard deviation (of the sample) over the seeds; the best method bold, the second underlined, the teacher
     on top.
 
+    Args:
+        scores, fixed: see `score`.
+
     Returns:
         the paths.
     """
     columns = list(dict.fromkeys(column for means in [*fixed.values(), *scores.values()] for column in means))
-    best = {column: _ranked(column, scores) for column in columns}
+    lower, seeds = _lower(runs), sorted({run.seed for run in runs})
+    best = {column: _ranked(column, scores, lower) for column in columns}
+    listed = {m: {c: list(by_seed.values()) for c, by_seed in means.items()} for m, means in scores.items()}
     rows = [(name, fixed[name], {}) for name in (TEACHER, 'bicubic') if name in fixed]
-    rows += [(label(method), means, {c: best[c].get(method) for c in columns}) for method, means in scores.items()]
+    rows += [(label(method), means, {c: best[c].get(method) for c in columns}) for method, means in listed.items()]
     seconds, paired = seconds_per_step(runs), _paired(scores, columns)
-    seeds = ', '.join(map(str, sorted({run.seed for run in runs})))
-    about = [
-        f'{runs[0].options["train"]["total_iter"]} iterations, seeds {seeds}',
-        'mean and standard deviation over seeds; best bold, second underlined',
+    iterations = f'{runs[0].options["train"]["total_iter"]} iterations'
+    if len(seeds) > 1:
+        about = [f'{iterations}, seeds {", ".join(map(str, seeds))}', 'mean and standard deviation over seeds']
+    else:
+        about = [f'{iterations}, one seed, {seeds[0]}: how far seeds differ is not known']
+    about[-1] += '; best bold, second underlined'
+    about += [
+        *_other_teachers(runs),
         *(f'{label(m)}: {s:.3f} s an iteration' for m, s in seconds.items()),
+        *(
+            f'{label(m)}, {" ".join(column)}: seeds {", ".join(map(str, sorted(by_seed)))} only'
+            for m, means in scores.items()
+            for column, by_seed in means.items()
+            if len(by_seed) < len({run.seed for run in runs if run.method == m})
+        ),
         *paired,
     ]
     kinds = {'md': _markdown, 'tex': _latex}
     paths = [folder / f'compare.{kind}' for kind in (*kinds, 'csv', 'json')]
     content = {
-        'methods': {m: {f'{s} {k}': values for (s, k), values in means.items()} for m, means in scores.items()},
+        'seeds': seeds,  # the order of the values below; null where there is none
+        'methods': {
+            m: {f'{s} {k}': [by_seed.get(seed) for seed in seeds] for (s, k), by_seed in means.items()}
+            for m, means in scores.items()
+        },
         'fixed': {n: {f'{s} {k}': values[0] for (s, k), values in means.items()} for n, means in fixed.items()},
         'seconds_per_step': seconds,
-        'runs': {run.name: {'method': run.method, 'seed': run.seed} for run in runs},
+        'runs': {
+            run.name: {'method': run.method, 'seed': run.seed, 'weights': sources.read(run.folder).get('weights')}
+            for run in runs
+        },
     }
     try:
         for path, write in zip(paths, kinds.values()):
@@ -456,7 +626,7 @@ def write_tables(folder, scores, fixed, runs):
         with open(paths[2], 'w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(['method', 'set', 'metric', 'mean', 'std', 'seeds'])
-            for name, means in [*fixed.items(), *((label(m), means) for m, means in scores.items())]:
+            for name, means in [*fixed.items(), *((label(m), means) for m, means in listed.items())]:
                 for (set_name, metric), values in means.items():
                     writer.writerow([name, set_name, metric, statistics.mean(values), _spread(values), len(values)])
         paths[3].write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
@@ -467,14 +637,24 @@ def write_tables(folder, scores, fixed, runs):
 
 
 def _spread(values):
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
-def _ranked(column, scores):
-    """Method -> 1 or 2, by the mean as it is printed; metrics where less is better are not known here but NIQE."""
-    sign = -1 if 'niqe' in column[1].lower() else 1
+def _lower(runs):
+    """Names of the metrics of which less is better: by their option ``better``, and NIQE."""
+    metrics = {}
+    for run in runs:
+        metrics.update((run.options.get('val') or {}).get('metrics') or {})
+    niqe = {name for name, metric in metrics.items() if 'niqe' in str(metric.get('type')).lower()}
+    better = {name: metric.get('better') or ('lower' if name in niqe else 'higher') for name, metric in metrics.items()}
+    return {name for name, which in better.items() if which == 'lower'}
+
+
+def _ranked(column, scores, lower):
+    """Method -> 1 or 2, by the mean as it is printed."""
+    sign = -1 if column[1] in lower else 1
     means = {
-        m: sign * float(evaluation.format_value(column[1], statistics.mean(values[column])))
+        m: sign * float(evaluation.format_value(column[1], statistics.mean(values[column].values())))
         for m, values in scores.items()
         if column in values
     }
@@ -487,13 +667,29 @@ def _paired(scores, columns):
     reference = 'scratch' if 'scratch' in scores else next(iter(scores))
     lines = []
     for method, column in itertools.product(scores, columns):
-        ours, theirs = scores[method].get(column, []), scores[reference].get(column, [])
-        if method == reference or 'psnr' not in column[1].lower() or not ours or len(ours) != len(theirs):
+        ours, theirs = scores[method].get(column, {}), scores[reference].get(column, {})
+        differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+        if method == reference or 'psnr' not in column[1].lower() or not differences:
             continue
-        differences = [a - b for a, b in zip(ours, theirs)]
-        gain = f'{statistics.mean(differences):+.3f}' + (f' ± {_spread(differences):.3f}' if len(ours) > 1 else '')
-        lines.append(f'{label(method)} against {label(reference)}, {column[0]}: {gain} dB, paired by seed')
+        gain, what = f'{statistics.mean(differences):+.3f}', 'one seed'
+        if len(differences) > 1:
+            gain, what = f'{gain} ± {_spread(differences):.3f}', 'paired by seed'
+        lines.append(f'{label(method)} against {label(reference)}, {column[0]}: {gain} dB, {what}')
     return lines
+
+
+def _other_teachers(runs):
+    """A line about each method whose teacher is not the one of the teacher's row."""
+
+    def teacher(run):
+        parts = [run.made_from.get(part, {}) for part in ('options', 'contents')]
+        keys = ('network_t', 'path.pretrain_network_t', 'path.param_key_t')
+        found = [{k: v for k, v in part.items() if k.startswith(keys)} for part in parts]
+        return found[0], {key: content[1] for key, content in found[1].items()}
+
+    taught = [run for run in runs if run.options.get('network_t')]
+    methods = dict.fromkeys(run.method for run in taught if teacher(run) != teacher(taught[0]))
+    return [f'{label(method)}: its teacher is another than that of the row above' for method in methods]
 
 
 def _cell(metric, values, plus_minus):

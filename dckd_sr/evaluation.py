@@ -491,7 +491,10 @@ def format_table(results: Mapping[str, Mapping[str, Result]]) -> str:
 
 
 def write_results(
-    folder: str | os.PathLike, results: Mapping[str, Mapping[str, Result]], about: Sequence[str] = ()
+    folder: str | os.PathLike,
+    results: Mapping[str, Mapping[str, Result]],
+    about: Sequence[str] = (),
+    made_from: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``results.md``, ``results.csv`` (means) and ``results.json`` (every image); older ones are replaced.
 
@@ -499,6 +502,7 @@ def write_results(
         folder: made where absent; other files in it stay.
         results: network -> set -> Result.
         about: lines that say what was measured and how, for the .md and .json.
+        made_from: see `sources.of_test`, for the .json.
 
     Returns:
         The three paths.
@@ -521,6 +525,7 @@ def write_results(
     listed = [f'- {line}' for line in (*about, *notes)]
     content = {
         'about': list(about),
+        **({'made_from': dict(made_from)} if made_from else {}),
         'results': {
             network: {
                 name: {

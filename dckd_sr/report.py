@@ -176,7 +176,7 @@ def read_comparison(folder, start=''):
         named = [(name, start + compare.label(run['method'])) for name, run in content['runs'].items()]
         fixed = {start + name: {key: [v] for key, v in means.items()} for name, means in content['fixed'].items()}
         scores = {
-            label: {tuple(key.rsplit(' ', 1)): values for key, values in means.items()}
+            label: {tuple(key.rsplit(' ', 1)): [v for v in values if v is not None] for key, values in means.items()}
             for label, means in {**fixed, **methods}.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

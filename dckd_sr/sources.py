@@ -141,7 +141,9 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
         record = json.loads((Path(folder) / RECORD).read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    made_from = record.get('made_from') if isinstance(record, dict) else None
+    parts = [made_from.get(part) for part in ('options', 'contents')] if isinstance(made_from, dict) else [None]
+    return record if all(isinstance(part, dict) for part in parts) else {}
 
 
 def begin(folder: str | os.PathLike, made_from: dict[str, Any], resumed: bool) -> None:
@@ -155,7 +157,7 @@ def begin(folder: str | os.PathLike, made_from: dict[str, Any], resumed: bool) -
         former = read(folder)
         changed = former.get('changed')
         record['changed'] = changed if isinstance(changed, list) else ['it began without a record']
-        found = difference(former['made_from'], made_from) if former.get('made_from') else None
+        found = difference(former['made_from'], made_from) if former else None
         record['changed'] += [found] if found else []
     checkpoint.write(json.dumps(record, indent=1).encode(), Path(folder) / RECORD)
 
@@ -175,7 +177,7 @@ def end(folder: str | os.PathLike) -> None:
 def lacking(folder: str | os.PathLike, made_from: dict[str, Any]) -> str | None:
     """Why the training in a folder is not, from its first iteration on, the one that is ``made_from`` this; or None."""
     record = read(folder)
-    if not record.get('made_from'):
+    if not record:
         return 'there is no record of what it was made from'
     if record.get('changed'):
         return f'it was continued with other options: {record["changed"][0]}'

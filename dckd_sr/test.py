@@ -21,7 +21,7 @@ from basicsr.archs import build_network
 from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str
 
-from dckd_sr import checkpoint, logs, option_keys, options, processes
+from dckd_sr import checkpoint, logs, option_keys, options, processes, sources
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import UserError, entry_point, reason
@@ -63,6 +63,7 @@ def test(opt, args, notes=()):
     skipped = tuple(f'datasets.{key}.' for key in missing)
     notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
     loaders = {name: build_val_loader(opt, name) for name in found}
+    made = made_from(opt, args)
     networks = _networks(opt, args, device)
     speed, slow = _speed(opt, device)
     notes += slow
@@ -112,12 +113,18 @@ def test(opt, args, notes=()):
             for note in result.notes:
                 logger.warning(f'{network} on {set_name}: {note}')
 
-    paths = write_results(root, results, _about(opt, results, metrics, missing, {**sizes, **_fast(opt)}))
+    about = _about(opt, results, metrics, missing, {**sizes, **_fast(opt)})
+    paths = write_results(root, results, about, made)
     logger.info('Results:\n' + format_table(results))
     logger.info(f'Written to {root}: ' + ', '.join(path.name for path in paths))
     if save_img:
         logger.info(f'Images in {opt["path"]["visualization"]}')
     return results
+
+
+def made_from(opt, args):
+    """What the scores of this test are made from, for who wants to use them again; see `sources.of_test`."""
+    return sources.of_test(opt, self_ensemble=bool(args.self_ensemble))
 
 
 def _device(name, opt):

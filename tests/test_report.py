@@ -79,10 +79,12 @@ def folder(tmp_path_factory):
         opt['logger']['print_freq'] = 2
         assert train.main(['-opt', write(opt)]) == 0
         shutil.copytree('experiments/run', 'experiments/other')
-        psnr = {m: {('Set', 'psnr'): values} for m, values in (('dckd', [30.125, 30.25]), (ODD, [31.5, 31.0]))}
+        values = {'dckd': {1: 30.125, 2: 30.25}, ODD: {1: 31.5, 2: 31.0}}
+        psnr = {method: {('Set', 'psnr'): by_seed} for method, by_seed in values.items()}
         Path('results/compare_run').mkdir(parents=True)
         runs = [
-            compare.Run(m, 1, {'name': n, 'train': {'total_iter': 4}}, path) for m, n in zip(psnr, ('run', 'other'))
+            compare.Run(m, seed, {'name': n, 'train': {'total_iter': 4}}, path)
+            for m, n, seed in zip(psnr, ('run', 'other'), (1, 2))
         ]
         compare.write_tables(Path('results/compare_run'), psnr, {'Teacher': {('Set', 'psnr'): [33.0]}}, runs)
         assert report.main(['results/compare_run', '--images', '2']) == 0
