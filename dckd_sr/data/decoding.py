@@ -43,7 +43,15 @@ _TURNS = {  # orientation -> what puts the picture upright
     7: lambda image: np.rot90(np.swapaxes(image, 0, 1), 2),
     8: lambda image: np.rot90(image, 1),
 }
-_ARCHIVES = {b'PK\x03\x04': 'ZIP', b'\x1f\x8b': 'gzip', b'7z\xbc\xaf': '7z', b'Rar!': 'RAR'}
+_OTHERS = {  # what files that are no images, or of formats that are not read, begin with
+    **dict.fromkeys((b'PK\x03\x04', b'\x1f\x8b', b'7z\xbc\xaf', b'Rar!'), 'an archive; unpack it first'),
+    **dict.fromkeys((b'\xff\n', b'\x00\x00\x00\x0cJXL '), 'a JPEG XL image; convert it first'),
+    **dict.fromkeys((b'v/1\x01', b'#?RADIANCE', b'PF', b'Pf'), 'an image of floats; convert it first'),
+    b'8BPS': 'a Photoshop document; export its picture first',
+    b'%PDF': 'a PDF document',
+    b'%!PS': 'a PostScript document',
+    b'<': 'a web page or a drawing in XML',
+}
 _HEIF = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
 # Of libjpeg: pixels are missing or wrong. Superfluous bytes, of which it speaks as well, do no harm.
 _DAMAGE = re.compile(r'Corrupt JPEG data: (?!\d+ extraneous)|Premature end of JPEG|\[ERROR|libpng error|LZWDecode')
@@ -122,10 +130,10 @@ class _Damaged(Exception):
 
 
 def _because(error, content, remarks):
-    kind = next((kind for mark, kind in _ARCHIVES.items() if content[: len(mark)] == mark), None)
+    kind = next((kind for mark, kind in _OTHERS.items() if content[: len(mark)] == mark), None)
     if kind:
-        return f': a {kind} archive; unpack it first'
-    if isinstance(error, (_Damaged, Image.UnidentifiedImageError, cv2.error)):
+        return f': {kind}'
+    if isinstance(error, (_Damaged, Image.UnidentifiedImageError)):
         return ''.join(f': {remark}' for remark in remarks[:1])
     return f': {reason(error)}'
 
@@ -243,7 +251,10 @@ def _jpeg(content, name):
 
 
 def _opencv(content, flags):
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error as error:
+        raise MemoryError if error.code == cv2.Error.StsNoMem else _Damaged from error
     if image is None:
         raise _Damaged
     return image if image.ndim == 3 else image[..., None]

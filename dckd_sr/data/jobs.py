@@ -71,9 +71,8 @@ def _run_parallel(function, jobs, workers):
 
 
 def _quiet_worker():
-    """Ctrl-C is the main process's affair; image libraries' own remarks on damaged files are not shown."""
+    """Ctrl-C is the main process's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -634,10 +634,13 @@ def test_a_large_image_is_read():
         (b'', ''),
         (b'words ' * 99, ''),
         (bytes(1000), ''),
-        (b'PK\x03\x04' + bytes(99), ': a ZIP archive; unpack it first'),
-        (b'\x1f\x8b' + bytes(99), ': a gzip archive; unpack it first'),
-        (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', ''),
+        (b'PK\x03\x04' + bytes(99), ': an archive; unpack it first'),
+        (b'\x1f\x8b' + bytes(99), ': an archive; unpack it first'),
+        (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', ': a PostScript document'),
         (b'Pf\n2 2\n-1.0\n' + bytes(16), None),
+        (b'<!DOCTYPE html><html></html>', ': a web page or a drawing in XML'),
+        (b'\0\0\0\x0cJXL \r\n\x87\n' + bytes(99), ': a JPEG XL image; convert it first'),
+        (b'8BPS' + bytes(99), ': a Photoshop document; export its picture first'),
     ],
 )
 def test_what_is_no_image(content, message):
@@ -645,6 +648,29 @@ def test_what_is_no_image(content, message):
         decode(content, 'a file.png')
     expected = f'not an image, or damaged: a file.png{message}'
     assert str(error.value) == expected if message is not None else 'a file.png' in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='bounds the memory of a process')
+def test_too_little_memory():
+    """A small file of a large image."""
+    names = ['a.png', 'a.jpg', 'palette.png']
+    code = """import resource, sys
+from pathlib import Path
+from dckd_sr.data.decoding import decode
+from dckd_sr.errors import UserError
+files = {name: Path(name).read_bytes() for name in sys.argv[1:]}
+used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20,) * 2)
+for name, content in files.items():
+    try:
+        decode(content, name)
+    except UserError as error:
+        print(error)"""
+    large = Image.new('RGB', (4000, 4000))
+    for name in names:
+        (large.convert('P') if 'palette' in name else large).save(name)
+    done = subprocess.run([sys.executable, '-c', code, *names], stdout=subprocess.PIPE, text=True)
+    assert done.stdout.splitlines() == [f'not enough memory for {name}' for name in names]
 
 
 def test_no_pixels():
