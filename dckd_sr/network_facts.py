@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dckd_sr.errors import UserError, reason
+from dckd_sr.inference import padding_of
 
 _SIDES = (16, 64, 256)  # of the images that are tried, the small ones first: they take no time
 CHANNELS = (3, 1)
@@ -109,3 +110,77 @@ def _fine(net, channels, scale, side, device, finite):
 def _image(channels, height, width, device):
     generator = torch.Generator().manual_seed(0)
     return torch.rand(1, channels, height, width, generator=generator).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network and the data that it is to be trained on
+
+
+def problem_with(
+    net: torch.nn.Module, lq: torch.Tensor, gt: torch.Tensor, scale: int, color: str, sizes: str
+) -> str | None:
+    """What is wrong between a network and a training sample, in words that follow the network's name; or None.
+
+    The network is run once in eval mode, and once or a few times more where it fails, to tell why.
+
+    Args:
+        net: (B, C, h, w) -> (B, C', h * scale, w * scale).
+        lq, gt: (C, h, w) and (C', h * scale, w * scale).
+        scale: of the option file.
+        color: how the dataset is told to give one channel.
+        sizes: where the size of lq comes from, such as 'gt_size 32 / scale 4'.
+    """
+    training, device = net.training, next(net.parameters(), lq).device
+    net.eval()
+    try:
+        # torch's generator is the student's, which training starts from.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return _problem(net, lq[None].to(device), tuple(gt.shape), scale, color, sizes)
+    finally:
+        net.train(training)
+
+
+def _problem(net, lq, wanted, scale, color, sizes):
+    _, count, height, width = lq.shape
+    try:
+        out = net(lq.clone())
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        return None  # which training says
+    except Exception as error:  # whatever a network raises on an image that it cannot take
+        other = next((c for c in CHANNELS if c != count and _runs(net, c, height, width, lq.device)), None)
+        if other is not None:
+            cure = _cure(other, count, color)
+            return f'takes images of {_channels(other)}, datasets.train gives {count}: {cure}, or change the network'
+        grid = padding_of(net)
+        side = next((s for s in (32, 64, 128, 256) if _runs(net, count, s, s, lq.device)), None)
+        smallest = side and smallest_side(net, count, scale, side, grid, lq.device)
+        if smallest and smallest > min(height, width):
+            return f'takes images of at least {smallest}x{smallest}, datasets.train gives {width}x{height} ({sizes})'
+        return f'fails on an image of datasets.train, {_channels(count)} of {width}x{height} ({sizes}): {reason(error)}'
+    if not isinstance(out, torch.Tensor) or out.dim() != 4:
+        return None  # models that know such networks
+    found = tuple(out.shape[1:])
+    if found == wanted:
+        return None
+    if found[0] != wanted[0] and found[1:] == wanted[1:]:
+        cure = _cure(found[0], wanted[0], color)
+        return f'gives {_channels(found[0])}, the ground truth of datasets.train has {wanted[0]}: {cure}, or change it'
+    if found[1] % height == 0 and found[1] // height == found[2] / width != scale:
+        return f'enlarges {found[1] // height} times, but scale = {scale}{" (its default)" if scale == 1 else ""}'
+    return f'turns {width}x{height} into {found[2]}x{found[1]}, the ground truth is {wanted[2]}x{wanted[1]}'
+
+
+def _cure(network, data, color):
+    return color if network == 1 else 'drop color: y there' if (network, data) == (3, 1) else 'give it such images'
+
+
+def _runs(net, channels, height, width, device):
+    try:
+        net(_image(channels, height, width, device))
+    except Exception:  # see above
+        return False
+    return True
+
+
+def _channels(count):
+    return f'{count} channel{"" if count == 1 else "s"}'

@@ -358,10 +358,16 @@ class _Crops(Dataset):
     use_rot: bool = True
 
 
+def _color(value):
+    if value not in (None, 'y', 'rgb', 'RGB'):
+        raise ValueError('expected y, for one channel (the luma), or no such key, for RGB')
+    return value
+
+
 class SingleImageDataset(Dataset):
     dataroot_lq: Optional[PathName] = None
     meta_info_file: Optional[PathName] = None
-    color: Optional[str] = None
+    color: Annotated[Optional[str], AfterValidator(_color)] = Field(None, description='y: one channel, the luma')
     mean: Optional[list[float]] = None
     std: Optional[list[float]] = None
 

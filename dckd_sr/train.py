@@ -1,6 +1,7 @@
 """Train any BasicSR model, ours included: ``python dckd_sr/train.py -opt options/train_edsr_x4.yml``."""
 
 import contextlib
+import copy
 import datetime
 import itertools
 import math
@@ -26,8 +27,9 @@ from basicsr.utils.logger import init_tb_logger, init_wandb_logger
 from basicsr.utils.options import dict2str
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, locks, logs, option_changes, options, processes, sources
+from dckd_sr import checkpoint, locks, logs, network_facts, option_changes, option_keys, options, processes, sources
 from dckd_sr.data import build_train_loader, build_val_loaders
+from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import bicubic, evaluate
 
@@ -112,6 +114,7 @@ def prepare(opt, args, notes, held):
     if state:
         checkpoint.resume(model, opt, state, state_path, option_changes.concern_rates(changes))
     else:
+        try_networks(model, train_loader.dataset, sampler, val_loaders, opt)
         look_first(model, val_loaders, opt)
 
     make_folders(opt, args.opt, text, state_path if keep else None, start, held, occupied)
@@ -391,6 +394,54 @@ def start_dashboards(opt):
     if logger_opt.get('use_tb_logger'):
         return init_tb_logger(log_dir=str(Path(opt['root_path']) / 'tb_logger' / opt['name']))
     return None
+
+
+def try_networks(model, dataset, sampler, val_loaders, opt):
+    """Before step 1, run student and teacher once on a training sample as it is, whatever their options say.
+
+    Raises:
+        UserError: they do not take it, or give another size or other channels than the ground truth; on all ranks.
+    """
+    problem = processes.share(_first_try(model, dataset, sampler, val_loaders, opt) if opt['rank'] == 0 else None, opt)
+    if problem:
+        raise UserError(problem)
+
+
+def _first_try(model, dataset, sampler, val_loaders, opt):
+    if opt['model_type'] not in option_keys.MODELS or opt['model_type'] == 'VQGANModel':
+        return None  # what they feed their networks with is their own
+    sample = _first_sample(dataset, sampler.keys(0)[0])
+    lq, gt = sample.get('lq'), sample.get('gt')
+    if lq is None or gt is None or lq.dim() != 3:
+        return None
+    scale, data = opt['scale'], opt['datasets']['train']
+    color = {'PairedImageDataset': 'set color: y in datasets.train and in the sets of validation'}
+    color = color.get(data['type'], 'use a PairedImageDataset with color: y')
+    crop = (data.get('gt_sizes') or [data.get('gt_size')])[0]
+    sizes = f'gt_size {crop} / scale {scale}' if crop else 'no gt_size'
+    for name, net in (('network_g', model.get_bare_model(model.net_g)), ('network_t', getattr(model, 'net_t', None))):
+        problem = net and network_facts.problem_with(net, lq, gt, scale, color, sizes)
+        if problem:
+            return f'{name} ({opt[name]["type"]}) {problem}'
+    for loader in val_loaders:
+        with contextlib.suppress(UserError):  # of the image, which validation says
+            count = len(_first_sample(loader.dataset, 0)['lq'])
+            if count != len(lq):
+                key = next(key for key, block in opt['datasets'].items() if block['name'] == loader.dataset.opt['name'])
+                return (
+                    f'datasets.{key} gives images of {count} channels, datasets.train of {len(lq)}: write color: y in '
+                    'both or in none'
+                )
+    return None
+
+
+def _first_sample(dataset, key):
+    """A sample, read by a copy: what a dataset opens, and takes out of its options then, workers do themselves."""
+    inner = copy.copy(dataset.dataset)
+    for name in ('opt', 'io_backend_opt'):
+        if hasattr(inner, name):
+            setattr(inner, name, copy.deepcopy(getattr(inner, name)))
+    return SeededDataset(inner, dataset.seed)[key]
 
 
 def look_first(model, val_loaders, opt):
