@@ -537,7 +537,9 @@ def tested(run, whole, pictures):
     if weights is None:
         raise UserError(f'{run.folder}: its final weights are not those of its training any more')
     teacher = whole and bool(run.options.get('network_t'))
+    # The run's file says how the weights that it began with are read.
     argv = ['-opt', str(run.path), '--force_yml', f'path:pretrain_network_g={weights}']
+    argv += ['path:param_key_g=~', 'path:strict_load_g=~']
     argv += (['--with_teacher'] if teacher else []) if whole else ['--no_bicubic']
     argv += ['--save_img'] if pictures else []
     opt, args, _ = options.parse(argv, is_train=False, command=test.parser())

@@ -7,7 +7,9 @@ A file with ``_base_: NAME``, or a list of names, changes what those files say. 
 
 - a block whose ``type`` differs from the base's replaces it whole, because its other keys belong to another class;
 - lists are replaced, not joined;
-- an empty value (``~`` or ``null``) takes the base's block away.
+- an empty value (``~`` or ``null``) takes the base's block away;
+- where a file names other weights, the base's entry of them (``param_key``) and whether they must fit (``strict_load``)
+  are dropped, because they belong to the base's weights; so are the base's weights of a network that brings its own.
 
 The same holds for the value of an override (``--force_yml train:cl_opt=null``), and a block that is empty in a file
 without a base is as if it were not there. Later names of a list win over earlier ones, and the file wins over all. A
@@ -204,6 +206,9 @@ def shown(path):
 
 def merge(options, over, over_origins, origins, path=()):
     """Change options, and where they come from, to what `over` says; see the module for how."""
+    for where in list(_of_other_weights(options, over, path)):
+        (options if where[:-1] == path else options['path']).pop(where[-1], None)
+        origins.pop(where, None)
     for key, value in over.items():
         where, block = (*path, key), options.get(key)
         together = isinstance(value, dict) and isinstance(block, dict)
@@ -231,6 +236,34 @@ def replace(block, path, value, origins):
         del block[key]
     else:
         block[key] = value
+
+
+def _of_other_weights(options, over, path):
+    """Paths of the keys that say how the base's weights are read, where `over` names other ones, or brings its own."""
+    for key, value in over.items():
+        block = options.get(key)
+        if not path and key.startswith('network_') and isinstance(value, dict) and isinstance(block, dict):
+            own = any(value.get(name, block.get(name)) != block.get(name) for name in ('type', 'name', 'path'))
+            paths = options.get('path')
+            if own and value.get('type', block.get('type')) in ('zoo', *keys.OWN_WEIGHTS) and isinstance(paths, dict):
+                said = over.get('path') if isinstance(over.get('path'), dict) else {}
+                yield from _keys_of_weights(paths, said, ('path',), key[len('network_') :], ('pretrain_network',))
+        elif path == ('path',):
+            name = keys.RENAMED['path'].get(key, key)
+            former = [options[n] for n in (key, *(p[-1] for p in other_names((*path, key)))) if n in options]
+            if name.startswith('pretrain_network_') and former and former[0] not in (None, value):
+                yield from _keys_of_weights(options, over, path, name[len('pretrain_network_') :])
+        elif path and key in ('pretrain', 'path') and block not in (None, value):
+            if 'param_key' in options and 'param_key' not in over:
+                yield (*path, 'param_key')
+
+
+def _keys_of_weights(paths, said, path, role, also=()):
+    """Those keys of a section `path` that are about one network's weights and that `said` does not set."""
+    for name in (*also, 'param_key', 'strict_load'):
+        spellings = [(*path, f'{name}_{role}'), *other_names((*path, f'{name}_{role}'))]
+        if not any(spelling[-1] in said for spelling in spellings):
+            yield from (spelling for spelling in spellings if spelling[-1] in paths)
 
 
 def other_names(path):

@@ -149,7 +149,9 @@ def tested_options(run):
     weights = newest_weights(run.path)
     if weights is None or not run.text:
         raise UserError('there are no weights in its folder models' if run.text else 'it has no resolved.yml')
-    opt, _ = options.load(run.path / 'resolved.yml', ['path:pretrain_network_g=null'], is_train=False)
+    # The file says how the weights that the run began with are read.
+    began = [f'path:{key}_g=null' for key in ('pretrain_network', 'param_key', 'strict_load')]
+    opt, _ = options.load(run.path / 'resolved.yml', began, is_train=False)
     opt['path']['pretrain_network_g'] = str(weights)
     return opt
 

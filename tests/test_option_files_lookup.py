@@ -52,6 +52,58 @@ class TestMerge:
             ('a: ~', 'a: {b: 1}', {'a': {'b': 1}}),
             # older names of a key count as the key
             ('path: {pretrain_network_g: x}', 'path: {pretrain_model_g: y}', {'path': {'pretrain_model_g': 'y'}}),
+            # an entry belongs to its file
+            (
+                'path: {pretrain_network_t: x, param_key_t: k, strict_load_t: false, param_key_g: l}',
+                'path: {pretrain_network_t: y}',
+                {'path': {'pretrain_network_t': 'y', 'param_key_g': 'l'}},
+            ),
+            (
+                'path: {pretrain_network_vqgan: x, param_key_vqgan: k}',
+                'path: {pretrain_network_vqgan: y, param_key_vqgan: l}',
+                {'path': {'pretrain_network_vqgan': 'y', 'param_key_vqgan': 'l'}},
+            ),
+            (
+                'path: {pretrain_network_t: x, param_key_t: k}',
+                'path: {pretrain_network_t: x}',
+                {'path': {'pretrain_network_t': 'x', 'param_key_t': 'k'}},
+            ),
+            (
+                'path: {pretrain_network_t: ~, param_key_t: k}',
+                'path: {pretrain_network_t: x}',
+                {'path': {'pretrain_network_t': 'x', 'param_key_t': 'k'}},
+            ),
+            (
+                'path: {pretrain_model_g: x, strict_load: false, param_key_g: k}',
+                'path: {pretrain_network_g: y}',
+                {'path': {'pretrain_network_g': 'y'}},
+            ),
+            (
+                'l: {encoder: {pretrain: x, param_key: k}}',
+                'l: {encoder: {pretrain: y}}',
+                {'l': {'encoder': {'pretrain': 'y'}}},
+            ),
+            (
+                'network_t: {type: spandrel, path: x, param_key: k}',
+                'network_t: {path: y}',
+                {'network_t': {'type': 'spandrel', 'path': 'y'}},
+            ),
+            # and so do weights to a network that brings others
+            (
+                'network_t: {type: EDSR}\npath: {pretrain_network_t: x, param_key_t: k, strict_load_t: false, a: 1}',
+                'network_t: {type: spandrel, path: y}',
+                {'network_t': {'type': 'spandrel', 'path': 'y'}, 'path': {'a': 1}},
+            ),
+            (
+                'network_t: {type: zoo, name: A}\npath: {pretrain_network_t: x}',
+                'network_t: {name: B}',
+                {'network_t': {'type': 'zoo', 'name': 'B'}, 'path': {}},
+            ),
+            (
+                'network_t: {type: zoo, name: A}\npath: {pretrain_network_t: x}',
+                'network_t: {allow_random: true}',
+                {'network_t': {'type': 'zoo', 'name': 'A', 'allow_random': True}, 'path': {'pretrain_network_t': 'x'}},
+            ),
             ('datasets: {v: {use_flip: 1}}', 'datasets: {v: {use_hflip: 0}}', {'datasets': {'v': {'use_hflip': 0}}}),
         ],
     )
