@@ -13,7 +13,6 @@ import os
 import random
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,62 +31,111 @@ _OPTIONAL = {'dckd_sr': dict, 'generators': list, 'best_metric_results': dict, '
 _OPTIONAL.update(options=str, failures=int)
 BARE = 'bare weights'
 METADATA = 'dckd_sr'  # name of our entry in files that we export: JSON
-_KEYS = ('params_ema', 'params', 'state_dict')
+# Names of entries with weights, in the order of preference: BasicSR's, Lightning's, other programs'.
+ENTRIES = ('params_ema', 'params', 'state_dict', 'model_state_dict', 'model', 'net')
+_WRAPPED = re.compile(r'^((module|_orig_mod)\.)+')
 # SwinIR stores constants that depend on the training patch; its forward computes them for any other size.
 _CONSTANTS = ('attn_mask', 'relative_position_index')
 
 
-def read_weights(path, param_key=None):
+def read_weights(path, param_key=None, option=None, first=None):
     """Read one network's weights from a .pth, .ckpt or .safetensors file, without running code from it.
 
     Args:
         path: the file.
-        param_key: the entry that holds the weights. Where it is missing but 'params' is there, that one is taken, as
-            BasicSR does; None takes bare weights, else the first of 'params_ema', 'params', 'state_dict'.
+        param_key: the entry that holds the weights. None: the first of `ENTRIES`, the only entry that holds tensors
+            and nothing else, or the file itself (bare weights).
+        option: what a user sets to choose an entry, such as ``path.param_key_t``: messages name it, and what a user
+            may not expect is logged. None where the file is one of our own making.
+        first: an entry that is taken where the file has it, whatever ``param_key`` says.
 
     Returns:
-        (state dict of CPU tensors without a 'module.' prefix, the key used or 'bare weights').
+        (state dict of CPU tensors without ``module.`` and ``_orig_mod.``, which wrappers of torch put before names;
+        the entry used or 'bare weights').
 
     Raises:
-        UserError: missing, truncated or foreign file, one that holds anything but tensors, or no such entry.
+        UserError: missing, truncated or foreign file, one that holds anything but tensors, no such entry, or several
+            that could be meant.
     """
-    path = Path(path)
-    content = _read(path)
+    content = read_file(path)
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not the weights of a network')
     entries = [key for key, value in content.items() if isinstance(value, dict)]
-    if param_key in entries:
+    if first is not None and first in entries:
+        used = first
+    elif param_key is None:
+        used = _found(content, entries, path, option)
+    elif param_key in entries:
         used = param_key
-    elif param_key is not None and 'params' in entries:
-        used = 'params'
-    elif entries and param_key is not None:
-        raise UserError(f"{path} has no entry '{param_key}'; available: {', '.join(map(str, entries))}")
+    elif entries:
+        advice = f'; set {option} to one of them' if option else ''
+        raise UserError(f"{path} has no entry '{param_key}'; available: {', '.join(map(str, entries))}{advice}")
     else:
-        used = next((key for key in _KEYS if key in entries), BARE)
+        advice = f'; leave out {option}' if option else ''
+        raise UserError(f"{path} has no entry '{param_key}': it holds bare weights, without entries{advice}")
     weights = content if used == BARE else content[used]
-    foreign = [key for key, value in weights.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
+    foreign = [f'{key}{_kind(value)}' for key, value in weights.items() if not _is_weight(key, value)]
     if foreign or not weights:
-        what = f'entries that are not tensors: {", ".join(map(str, foreign[:5]))}' if foreign else 'no tensors'
+        what = f'entries that are not tensors: {", ".join(foreign[:5])}' if foreign else 'no tensors'
         raise UserError(f'{path} ({used}) holds {what}')
-    return {key[7:] if key.startswith('module.') else key: value for key, value in weights.items()}, used
+    average = next((name for name in (f'{used}_ema', f'ema_{used}', 'params_ema') if name in entries), used)
+    if option and average != used:
+        get_root_logger().warning(
+            f"{path} holds '{average}', averaged weights, beside '{used}', which is taken: {option} says which."
+        )
+    bare = {_WRAPPED.sub('', key): value for key, value in weights.items()}
+    if option and list(bare) != list(weights):
+        get_root_logger().info(f"{path}: 'module.' and '_orig_mod.', which wrappers put before names, are left out.")
+    return bare, used
 
 
-def _read(path):
-    """The content of a weights file, read with weights_only first and the restricted reader after it."""
+def _found(content, entries, path, option):
+    """The entry with the weights of a file where nobody says which."""
+    sound = [key for key in entries if content[key] and all(_is_weight(*item) for item in content[key].items())]
+    named = [key for key in ENTRIES if key in sound] or [key for key in ENTRIES if key in entries]
+    if named or len(sound) == 1:
+        return (named or sound)[0]
+    if sound and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        advice = f'; set {option} to one of them' if option else ''
+        raise UserError(f'{path} holds several networks: {", ".join(map(str, sound))}{advice}')
+    return BARE
+
+
+def _is_weight(key, value):
+    return isinstance(key, str) and isinstance(value, torch.Tensor)
+
+
+def _kind(value):
+    """What a value is that is no tensor, where that is worth saying."""
+    return f' ({value.name})' if isinstance(value, restricted_pickle.Placeholder) else ''
+
+
+def read_file(path):
+    """The content of a file of weights, or of a training state: see `restricted_pickle.load`.
+
+    Raises:
+        UserError: missing, damaged, or of no kind that is known.
+    """
+    path = Path(path)
     if not path.is_file():
         there = 'a folder' if path.is_dir() else f'not there{looked_in(path, " (looked in {})")}'
         raise UserError(f'{path} is {there}; expected a file with weights')
-    if path.suffix == '.safetensors':
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f'{path} cannot be read as safetensors: {_first_line(error)}') from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of foreign pickles, which are refused here
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception:  # on damaged files torch raises whatever its parts raise
+    if not is_safetensors(path):
         return restricted_pickle.load(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read as safetensors: {_first_line(error)}') from error
+
+
+def is_safetensors(path):
+    """Whether a file has this format, by its first bytes; by its name where they are of no kind that is known."""
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+    return head[8:] == b'{' or (Path(path).suffix == '.safetensors' and head[:2] not in (b'PK', b'\x80\x02'))
 
 
 def read_metadata(path):
@@ -96,7 +144,7 @@ def read_metadata(path):
     Raises:
         UserError: missing or damaged file.
     """
-    if Path(path).suffix != '.safetensors':
+    if not is_safetensors(path):
         return {}
     try:
         with safe_open(path, 'pt') as file:
@@ -118,22 +166,30 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_network(net, path, strict=True, param_key=None):
+def load_network(net, path, strict=True, param_key=None, option=None, first=None):
     """Load a file's weights into a bare network and log which entry of the file was used.
+
+    Args:
+        strict: False leaves out what differs; None means True, as where the option is not set.
+        param_key, option, first: see `read_weights`.
 
     Raises:
         UserError: naming the first keys and shapes that differ (all of them with ``strict``; without it, differing
             entries are left out, unless nothing fits).
     """
-    weights, used = read_weights(path, param_key)
-    load_weights(net, weights, f'{path} ({used})', strict)
-    get_root_logger().info(f'Loaded {type(net).__name__} from {path}, weights: {used}.')
+    weights, used = read_weights(path, param_key, option, first)
+    prefix = load_weights(net, weights, f'{path} ({used})', strict, option)
+    get_root_logger().info(f'Loaded {type(net).__name__} from {path}, weights: {used}{prefix}.')
 
 
-def load_weights(net, weights, source, strict=True):
-    """Load a state dict into a bare network; ``source`` says in messages where it is from. Raises as `load_network`."""
-    name, weights = type(net).__name__, dict(weights)
-    own = net.state_dict()
+def load_weights(net, weights, source, strict=True, option=None):
+    """Load a state dict into a bare network; ``source`` says in messages where it is from. Raises as `load_network`.
+
+    Returns:
+        which prefix of the names was left out, in words for a log; '' of none.
+    """
+    name, own = type(net).__name__, net.state_dict()
+    weights, prefix = fitting(weights, own)
     for key in [key for key in {**own, **weights} if key.endswith(_CONSTANTS)]:
         weights[key] = own[key] if key in own else weights.pop(key)
         if key not in own:
@@ -154,12 +210,59 @@ def load_weights(net, weights, source, strict=True):
             )
             if keys
         )
-        fitting = [key for key in own if key in weights and key not in shapes]
-        if strict or not fitting:
-            raise UserError(f'{source} does not fit this {name}: {differences}')
+        fitting_keys = [key for key in own if key in weights and key not in shapes]
+        if strict or strict is None or not fitting_keys:
+            advice = _advice(own, weights, source)
+            role = re.fullmatch(r'path\.param_key_(\w+)', option or '')
+            if role and not advice and not missing and not shapes:
+                advice = f'; path.strict_load_{role[1]}: false leaves out what is unknown'
+            elif role and not advice and fitting_keys and net.training:  # frozen networks need all of their weights
+                advice = f'; path.strict_load_{role[1]}: false takes what fits, the rest stays random'
+            raise UserError(f'{source} does not fit this {name}: {differences}{advice}')
         get_root_logger().warning(f'{source} fits {name} in part. {differences}')
-        weights = {key: weights[key] for key in fitting}
+        weights = {key: weights[key] for key in fitting_keys}
     net.load_state_dict(weights, strict=False)
+    return prefix
+
+
+def prefixes(weights):
+    """A state dict as it is, then without the first parts of its names as long as all names have them in common.
+
+    Yields:
+        (state dict, prefix that was left out).
+    """
+    prefix = ''
+    while True:
+        yield {key[len(prefix) :]: value for key, value in weights.items()}, prefix
+        part, dot, _ = next(iter(weights), '')[len(prefix) :].partition('.')
+        prefix += part + dot
+        if not dot or not all(key.startswith(prefix) for key in weights):
+            return
+
+
+def fitting(weights, own):
+    """The weights under the names of a network, whose own ones ``own`` has: programs that train put them into others.
+
+    A prefix that all names of the file have in common (``net_g.``, ``model.``) is left out, one that all of the network
+    have is put before, where more names fit then.
+
+    Returns:
+        (state dict, what was changed, in words for a log, or '').
+    """
+    found = [(named, prefix and f', without {prefix} before its names') for named, prefix in prefixes(weights)]
+    for _, prefix in prefixes(own):
+        found.append(({prefix + key: value for key, value in weights.items()}, f', with {prefix} before its names'))
+    return max(found, key=lambda pair: sum(key in own for key in pair[0]))  # the first of several that are equal
+
+
+def _advice(own, weights, source):
+    """The command that takes a part of a file, where all weights are there under a prefix of their own; or ''."""
+    key = max(own, key=len, default='')
+    for start in [name[: -len(key)] for name in weights if name.endswith(f'.{key}')]:
+        if all(start + name in weights for name in own):
+            file = str(source).rpartition(' (')[0] or source
+            return f'; those that start with {start} fit: python -m dckd_sr.zoo convert {file} --prefix {start}'
+    return ''
 
 
 class _Hashed:
@@ -433,8 +536,7 @@ def set_aside(opt, state_path, start, moved):
 
 
 def _read_state(path, opt):
-    _check_records(path)
-    state = _read(path)
+    state = read_file(path)
     _check_entries(state, _ENTRIES, path)
     _check_entries(state.get('dckd_sr') or {}, {}, path)
     folder, named = _models_folder(path, opt), (state.get('dckd_sr') or {}).get('files') or {}
@@ -454,18 +556,6 @@ def _check_entries(state, needed, path):
     for key, kind in {**needed, **_OPTIONAL}.items():
         if key in state and not isinstance(state[key], kind):
             raise UserError(f'{path} is not a training state: its {key} is a {type(state[key]).__name__}')
-
-
-def _check_records(path):
-    """The checksums that torch's zip files carry, which torch.load itself does not look at."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(f'{path} is damaged: {damaged} does not match its checksum')
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f'{path} cannot be read: {_first_line(error)}') from error
 
 
 def _check_file(file, size, sha256):
@@ -513,7 +603,7 @@ def resume(model, opt, state, path, new_rates=False):
             if module is not None and plain.name in (ours.get('files') or {}):
                 load_network(model.get_bare_model(module), plain)
             elif module is not None:
-                load_network(model.get_bare_model(module), file, True, key)
+                load_network(model.get_bare_model(module), file, first=key)
     try:
         model.resume_training(state)
         if new_rates:

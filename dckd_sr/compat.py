@@ -5,16 +5,18 @@ put into ``sys.modules``, and methods that lose data or crash are replaced on th
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import types
 import warnings
 from pathlib import Path
 
-from dckd_sr.errors import nearest
+from dckd_sr.errors import UserError, nearest
 
 BASICSR_VERSION = '1.4.2'
 _applied = False
@@ -303,7 +305,13 @@ def repair_checkpoints():
     from dckd_sr import checkpoint
 
     def load_network(self, net, load_path, strict=True, param_key='params'):
-        checkpoint.load_network(self.get_bare_model(net), load_path, strict, param_key)
+        role = next((name[4:] for name, value in vars(self).items() if value is net and name.startswith('net_')), 'g')
+        key = f'param_key_{role.removesuffix("_ema")}'
+        # BasicSR's models ask for 'params' where nothing is set, and for 'params_ema' of averages whatever is set.
+        first = 'params_ema' if param_key == 'params_ema' else None
+        if param_key in (None, 'params', 'params_ema'):
+            param_key = (self.opt.get('path') or {}).get(key)
+        checkpoint.load_network(self.get_bare_model(net), load_path, strict, param_key, f'path.{key}', first)
 
     @master_only
     def save_network(self, net, net_label, current_iter, param_key='params'):
@@ -330,24 +338,42 @@ def repair_checkpoints():
 
 
 def repair_weight_files():
-    """vgg_arch.py:105 and the networks that load files of their own unpickle them, before torch 2.6 without limits."""
+    """vgg_arch.py:105 and the networks that load files of their own unpickle them, and so does torchvision."""
     import torch
 
-    for name in ('basicvsr_arch', 'dfdnet_arch', 'spynet_arch', 'tof_arch', 'vgg_arch'):
-        importlib.import_module(f'basicsr.archs.{name}').torch = _WeightsOnly(torch)
+    from dckd_sr import checkpoint
+
+    for name in ('basicvsr_arch', 'dfdnet_arch', 'spynet_arch', 'tof_arch'):
+        module = importlib.import_module(f'basicsr.archs.{name}')
+        module.torch = _Instead(torch, load=lambda path, **_: checkpoint.read_file(path))
+    module = importlib.import_module('basicsr.archs.vgg_arch')
+    module.torch = _Instead(torch, load=lambda path, **_: checkpoint.read_weights(path)[0])
+    names = [name for name in vars(module.vgg) if re.fullmatch(r'vgg\d+(_bn)?', name)]
+    module.vgg = _Instead(module.vgg, **{name: functools.partial(_vgg, getattr(module.vgg, name)) for name in names})
 
 
-class _WeightsOnly:
-    """torch, for modules whose calls of torch.load are to read tensors and nothing else."""
+class _Instead:
+    """A module, for another one that is to call some functions in place of its own."""
 
-    def __init__(self, torch):
-        self._torch = torch
+    def __init__(self, module, **functions):
+        self._module = module
+        vars(self).update(functions)
 
     def __getattr__(self, name):
-        return getattr(self._torch, name)
+        return getattr(self._module, name)
 
-    def load(self, *args, **kwargs):
-        return self._torch.load(*args, **{**kwargs, 'weights_only': True})
+
+def _vgg(build, pretrained=False):
+    """torchvision's ``vgg19(pretrained)`` and its like, with the file that torch.hub has."""
+    from dckd_sr import checkpoint, vgg
+
+    net = build(weights=None)
+    if pretrained:
+        places, url = vgg.vgg_places(build.__name__)
+        if not os.path.isfile(places[-1]):
+            raise UserError(f'no weights of {build.__name__} at {places[-1]}; download them from {url}')
+        checkpoint.load_network(net, places[-1])
+    return net
 
 
 def repair_validation():

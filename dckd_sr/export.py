@@ -79,7 +79,7 @@ def _parser():
     add('-o', '--output', metavar='FILE', help='default: beside the checkpoint')
     add('-opt', '--opt', metavar='FILE', help="option file with the network; default: the run's, or tensors tell")
     add('--network', choices=['g', 't'], default='g', help='of -opt: network_g (default) or network_t')
-    add('--param_key', help='the entry with the weights; default: params_ema, params or state_dict')
+    add('--param_key', help='the entry with the weights; default: params_ema, params, state_dict, ...')
     add('--half', action='store_true', help='float16; inputs and outputs stay float32')
     add('--int8', action='store_true', help='8-bit integers (onnx only); needs --calibration')
     add('--calibration', metavar='FOLDER', help='images as the network will get them (LQ), some 10 to 100')

@@ -20,7 +20,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 
-from dckd_sr import checkpoint, imports, network_facts, option_checks, option_files, options, zoo
+from dckd_sr import checkpoint, imports, network_facts, option_checks, option_files, options, restricted_pickle, zoo
 from dckd_sr.archs import spandrel_arch
 from dckd_sr.checkpoint import METADATA
 from dckd_sr.errors import UserError, looked_in, reason
@@ -104,8 +104,9 @@ def load(
         except UserError as error:
             raise UserError(f'{file}: {error}') from error
     block, origin = _block(file, opt_file, letter)
-    net = _build(file, block, origin, param_key).to(device).eval().requires_grad_(False)
-    about = f'{(block or {}).get("type") or type(net).__name__}, architecture from {origin}'
+    net, used = _build(file, block, origin, param_key)
+    net = net.to(device).eval().requires_grad_(False)
+    about = f'{(block or {}).get("type") or type(net).__name__}, weights: {used}, architecture from {origin}'
     return _measured(net, block, network_facts.CHANNELS, about, device)
 
 
@@ -171,7 +172,7 @@ def _build(file, block, origin, param_key):
     if block is None or block['type'] == 'spandrel':
         options = {key: value for key, value in (block or {}).items() if key != 'type'}
         try:
-            return spandrel_arch.spandrel(str(file), param_key, **options)
+            return spandrel_arch.build(str(file), param_key, options, '--param_key')
         except UserError as error:
             if spandrel_arch.UNKNOWN in str(error):
                 raise UserError(f'{file} is of no arch that its tensors tell: -opt FILE, with its network') from error
@@ -182,10 +183,10 @@ def _build(file, block, origin, param_key):
             net = build_network(dict(block))
     except Exception as error:  # whatever a constructor makes of its arguments
         raise UserError(f'{origin}: {block["type"]} cannot be built: {reason(error)}') from error
-    weights, used = checkpoint.read_weights(file, param_key)
+    weights, used = checkpoint.read_weights(file, param_key, '--param_key')
     found = spandrel_arch.infer(weights)  # which renames what has the names of other programs
     checkpoint.load_weights(net, found[1] if found else weights, f'{file} ({used})')
-    return net
+    return net, used
 
 
 def describe_arch(path: str, block: dict[str, Any] | None, param_key: str | None = None) -> dict[str, Any] | None:
@@ -299,9 +300,12 @@ def _is_script(file):
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name.partition('/')[2] for name in archive.namelist()]
+            script = 'constants.pkl' in names and any(name.startswith('code/') for name in names)
+            if script:
+                restricted_pickle.refuse_bombs(archive, file.stat().st_size)
     except (OSError, zipfile.BadZipFile):
         return False
-    return 'constants.pkl' in names and any(name.startswith('code/') for name in names)
+    return script
 
 
 class ScriptNetwork:

@@ -5,6 +5,9 @@ that ``torch.load(weights_only=True)`` refuses them and plain ``torch.load`` run
 program for a small stack machine of our own, built on ``pickletools.genops``, which only splits it into opcodes. A
 global is never more than its name: the names in ``_BUILDERS`` have a builder in this file, every other name, and
 whatever is made of it, becomes an inert `Placeholder`. Attributes are never set, so there is nothing to hook into.
+
+Every file is read by it, whatever torch could do, so that what holds for it holds for every torch. It also bounds what
+a file may take: memory in proportion to its size, and steps. docs/reliability.md says which attacks torch lets through.
 """
 
 import mmap
@@ -19,9 +22,10 @@ import torch
 from dckd_sr.errors import UserError
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # torch's stream format, before 1.6
-_MAX_STEPS = 5_000_000  # opcodes and copied items; a checkpoint of 100,000 tensors needs 4 million
+_MAX_STEPS = 8_000_000  # opcodes, copied items, objects by their size; a checkpoint of 100,000 tensors needs 5 million
+_OBJECT = 10  # steps that a tensor or an array costs beside its bytes; it is as large as so many small values
 _MAX_PICKLE = 512 * 2**20
-_MAX_EXPANDED = 2**24  # elements of a tensor that repeats a smaller storage (stride 0)
+_MAX_SEEN = 16, 2**30  # bytes of all tensors, those that share or repeat a storage counted each: times the file, plus
 _FOREIGN = {
     b'version https://git-lfs': "a Git LFS pointer, not the file itself: fetch it with 'git lfs pull'",
     b'<': 'a web page, not a checkpoint: the download failed',
@@ -37,6 +41,9 @@ _DTYPES = {
     'Char': torch.int8,
     'Byte': torch.uint8,
     'Bool': torch.bool,
+    'QInt8': torch.int8,
+    'QUInt8': torch.uint8,
+    'QInt32': torch.int32,
     'ComplexFloat': torch.complex64,
     'ComplexDouble': torch.complex128,
     'Untyped': torch.uint8,
@@ -92,6 +99,34 @@ def globals_in(path):
     return sorted(_read(path, with_data=False)[1])
 
 
+def refuse_bombs(archive, size):
+    """Refuse a zip file of torch whose records are more than its bytes: compressed ones, or some that overlap.
+
+    Args:
+        archive: zipfile.ZipFile; nothing is read from it but its table.
+        size: bytes of the file.
+
+    Raises:
+        UserError: naming the first such record. TorchScript's code may be compressed, up to the size of the file.
+    """
+    try:
+        _refuse_bombs(archive, size)
+    except _Refused as error:
+        raise UserError(f'{archive.filename} cannot be read: {error}') from error
+
+
+def _refuse_bombs(archive, size):
+    total = 0
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED and '/code/' not in info.filename:
+            raise _Refused(
+                f'{info.filename} is compressed, to {info.compress_size} of {info.file_size} bytes; torch.save does not'
+            )
+        total += info.file_size
+    if total > 2 * size:
+        raise _Refused(f'its records claim {total} bytes, it has {size}')
+
+
 def _read(path, with_data=True):
     path = Path(path)
     if not path.is_file():
@@ -142,9 +177,10 @@ def _read_zip(file, with_data):
     root = roots[0]
     if f'{root}constants.pkl' in records:
         raise _Refused('a TorchScript program, not a checkpoint')
+    room = _Room(file.seek(0, 2))
+    _refuse_bombs(archive, room.size)
     if f'{root}byteorder' in records and _record(archive, records[f'{root}byteorder'], 16) != b'little':
         raise _Refused('its numbers are big-endian')
-    room = _Room(file.seek(0, 2))
 
     def fetch(key, size):
         info = records[f'{root}data/{key}']
@@ -156,13 +192,13 @@ def _read_zip(file, with_data):
         return data
 
     program = _record(archive, records[f'{root}data.pkl'], _MAX_PICKLE)
-    machine = _Machine(fetch)
+    machine = _Machine(fetch, room)
     return machine.run(program), machine.unknown
 
 
 def _record(archive, info, limit):
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
-        raise _Refused(f'{info.filename} is compressed or too large')
+    if info.file_size > limit:
+        raise _Refused(f'{info.filename} is too large')
     return archive.read(info)
 
 
@@ -171,19 +207,20 @@ def _read_stream(file, with_data):
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         if stream[257:262] == b'ustar':
             raise _Refused('a tar file of torch 0.1; load and save it with a torch of 0.4 to 1.5 first')
-        plain = _Machine(None)
+        room = _Room(len(stream))
+        plain = _Machine(None, room)
         if plain.run(stream) != _MAGIC:
             raise _Refused('a pickle, but not one that torch.save wrote')
         if plain.run(stream) != 1001 or plain.run(stream).get('little_endian') is not True:
             raise _Refused('an unknown version of the format, or big-endian numbers')
         # The bytes come after the pickle that refers to them: give each storage its memory first, fill it at the end.
-        storages, room = {}, _Room(len(stream))
+        storages = {}
 
         def fetch(key, size):
             storages[key] = room.take(size)
             return storages[key]
 
-        machine = _Machine(fetch)
+        machine = _Machine(fetch, room)
         content = machine.run(stream)
         if not with_data:
             return content, machine.unknown
@@ -208,16 +245,26 @@ class _Refused(Exception):
 
 
 class _Room:
-    """Memory for storages: in all no more than the file has bytes, whatever its pickle claims."""
+    """Memory for storages and arrays: in all no more than the file has bytes, whatever its pickle claims."""
 
-    def __init__(self, limit):
-        self.left = limit
+    def __init__(self, size):
+        self.size = self.left = size
+        self.unseen = _MAX_SEEN[0] * size + _MAX_SEEN[1]
+
+    def spend(self, size, what='storages'):
+        if not 0 <= size <= self.left:
+            raise _Refused(f'its {what} are larger than the file: truncated?')
+        self.left -= size
 
     def take(self, size):
-        if not 0 <= size <= self.left:
-            raise _Refused('its storages are larger than the file: truncated?')
-        self.left -= size
+        self.spend(size)
         return torch.empty(size, dtype=torch.uint8)
+
+    def see(self, size):
+        """Count what a tensor amounts to where somebody copies it: storages may be shared and repeated."""
+        self.unseen -= size
+        if self.unseen < 0:
+            raise _Refused('its tensors repeat their storages too often')
 
 
 class _Global(Placeholder):
@@ -249,10 +296,15 @@ class _NumpyArray:
 
     value = Placeholder('numpy.ndarray')
 
+    def __init__(self, machine):
+        self.machine = machine
+
     def build(self, state):
         _, shape, kind, fortran, raw = state
         if isinstance(kind, _NumpyType):
-            array = np.frombuffer(_bytes(raw), kind.dtype)
+            raw = _bytes(raw)
+            self.machine.room.spend(len(raw), 'arrays')  # each is a copy, also of bytes that another one was made of
+            array = np.frombuffer(raw, kind.dtype)
             self.value = array.reshape(shape, order='F' if fortran else 'C').copy()
 
 
@@ -262,10 +314,11 @@ class _Machine:
     Args:
         fetch: (key, bytes) -> uint8 tensor of that many bytes, for the storages that persistent ids name; None where
             there are none.
+        room: the memory that is left for storages and arrays.
     """
 
-    def __init__(self, fetch):
-        self.fetch = fetch
+    def __init__(self, fetch, room):
+        self.fetch, self.room = fetch, room
         self.storages, self.item_sizes, self.unknown = {}, {}, set()
         self.steps = _MAX_STEPS
 
@@ -549,14 +602,14 @@ def _bytes(raw):
 
 
 def _tensor(machine, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    return _strided(storage, storage.dtype, offset, size, stride, metadata)
+    return _strided(machine, storage, storage.dtype, offset, size, stride, metadata)
 
 
 def _tensor_v3(machine, storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None):
-    return _strided(storage, dtype, offset, size, stride, metadata)
+    return _strided(machine, storage, dtype, offset, size, stride, metadata)
 
 
-def _strided(storage, dtype, offset, size, stride, metadata):
+def _strided(machine, storage, dtype, offset, size, stride, metadata):
     """A view of the storage, after a check that its first and last element lie inside."""
     data = storage.data.view(dtype)
     if not len(size) == len(stride) <= 16 or any(
@@ -567,8 +620,10 @@ def _strided(storage, dtype, offset, size, stride, metadata):
     for length in size:
         count *= length
     last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if count else offset - 1
-    if last >= len(data) or count > max(len(data), _MAX_EXPANDED):
+    if last >= len(data):
         raise _Refused(f'a tensor of size {tuple(size)} reaches beyond its storage of {len(data)} elements')
+    machine.spend(_OBJECT)
+    machine.room.see(count * _item_size(dtype))
     if metadata:
         return Placeholder('a conjugated or negated view')
     return data.as_strided(tuple(size), tuple(stride), data.storage_offset() + offset)
@@ -576,6 +631,11 @@ def _strided(storage, dtype, offset, size, stride, metadata):
 
 def _parameter(machine, data, *_):
     return data
+
+
+def _other_tensor(what):
+    """Builder of a tensor that no network here has: a placeholder that says what it is."""
+    return lambda machine, *_: Placeholder(what)
 
 
 def _from_type(machine, function, kind, args, state):
@@ -587,7 +647,7 @@ def _from_type(machine, function, kind, args, state):
 
 def _dict(machine, items=()):
     """OrderedDict and dict, of Python 2 with their items as argument."""
-    machine.spend(len(items))
+    machine.spend(4 * len(items))
     return dict(items) if isinstance(items, dict) else {machine.key(key): value for key, value in items}
 
 
@@ -596,7 +656,7 @@ def _default_dict(machine, factory=None, items=()):
 
 
 def _set(machine, items=()):
-    machine.spend(len(items))
+    machine.spend(4 * len(items))
     return {machine.key(item) for item in items}
 
 
@@ -626,7 +686,8 @@ def _numpy_dtype(machine, code, *_):
 
 
 def _numpy_array(machine, *_):
-    return _NumpyArray()
+    machine.spend(_OBJECT)
+    return _NumpyArray(machine)
 
 
 def _numpy_scalar(machine, kind, raw):
@@ -645,6 +706,13 @@ _BUILDERS = {
     'torch._utils._rebuild_parameter': _parameter,
     'torch._utils._rebuild_parameter_with_state': _parameter,
     'torch._tensor._rebuild_from_type_v2': _from_type,
+    'torch._utils._rebuild_sparse_tensor': _other_tensor('a sparse tensor'),
+    'torch._utils._rebuild_sparse_csr_tensor': _other_tensor('a sparse tensor'),
+    'torch._utils._rebuild_qtensor': _other_tensor('a quantised tensor'),
+    'torch._utils._rebuild_nested_tensor': _other_tensor('a nested tensor'),
+    'torch._utils._rebuild_meta_tensor_no_storage': _other_tensor('a tensor without values, of the device meta'),
+    'torch._utils._rebuild_device_tensor_from_numpy': _other_tensor("a tensor of another device's own format"),
+    'torch.serialization._get_layout': _other_tensor('a layout'),
     'torch.Size': _sequence,
     'collections.OrderedDict': _dict,
     'collections.Counter': _dict,

@@ -217,15 +217,15 @@ def load_network(opt, letter):
         raise options.OptionError(report.problems)
     network_opt = {key: value for key, value in deepcopy(network_opt).items() if key != 'allow_random'}
     try:
-        net = build_network(network_opt)
+        net = build_network(network_opt).eval()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f'network_{letter}: {reason(error)}') from error
     if not in_block:
-        strict, param_key = path_opt.get(f'strict_load_{letter}', True), path_opt.get(f'param_key_{letter}')
-        checkpoint.load_network(net, path, strict, param_key)
-    return net.eval().requires_grad_(False)
+        key = f'param_key_{letter}'
+        checkpoint.load_network(net, path, path_opt.get(f'strict_load_{letter}'), path_opt.get(key), f'path.{key}')
+    return net.requires_grad_(False)
 
 
 def _files_of(network_opt, where):

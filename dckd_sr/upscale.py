@@ -49,7 +49,7 @@ def _parser():
     add('-o', '--output', metavar='OUT', help='a file for one image, else a folder; default: INPUT_xSCALE beside it')
     add('-opt', '--opt', metavar='FILE', help="a checkpoint's option file; default: the run's, or tensors tell")
     add('--network', choices=['g', 't'], default='g', help='of -opt: network_g (default) or network_t')
-    add('--param_key', help='the entry with the weights; default: params_ema, params or state_dict')
+    add('--param_key', help='the entry with the weights; default: params_ema, params, state_dict, ...')
     add('--tile', type=int, metavar='N', help=f'side of tiles; 0: none; default: {TILE} for more than a megapixel')
     add('--overlap', type=int, metavar='N', help='pixels that tiles share; default: a quarter of the tile, at most 32')
     add('--format', choices=['png', 'webp', 'jpg'], help='of outputs that -o does not name; default: png')

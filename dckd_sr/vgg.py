@@ -9,7 +9,7 @@ from basicsr.archs.vgg_arch import NAMES, VGG_PRETRAIN_PATH
 from torch import nn
 from torchvision.models import vgg
 
-from dckd_sr.checkpoint import read_weights
+from dckd_sr.checkpoint import fitting, read_weights
 from dckd_sr.errors import UserError
 
 LAYERS = NAMES['vgg19']  # relu1_1 and so on; conv5_4 is before its ReLU
@@ -61,6 +61,7 @@ class VGGFeatures(nn.Module):
     def _load(self, path):
         weights, used = read_weights(path)
         own = {f'features.{key}': value for key, value in self.features.state_dict().items()}
+        weights, _ = fitting(weights, own)
         wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
         if wrong:
             missing = ', '.join(wrong[:3])

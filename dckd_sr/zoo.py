@@ -60,7 +60,7 @@ def main(argv=None):
     )
     sub.add_argument('file', help='.ckpt, .pth or .safetensors')
     sub.add_argument('-o', '--output', metavar='OUT', help='default: FILE_clean.pth beside FILE')
-    sub.add_argument('--key', help='the entry with the weights; default: params_ema, params or state_dict')
+    sub.add_argument('--key', help='the entry with the weights; default: params_ema, params, state_dict, ...')
     sub.add_argument('--prefix', default='', help='keep the keys that start with this, and take it off')
     sub.add_argument('--no-decoder', action='store_true', help='of a VQGAN: what distillation needs and no more')
     sub.add_argument('--force', action='store_true', help='replace OUT if it exists')

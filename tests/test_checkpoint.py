@@ -8,7 +8,9 @@ import types
 import numpy as np
 import pytest
 import torch
+from basicsr.archs import build_network
 from basicsr.models import build_model
+from basicsr.utils import get_root_logger
 from models.test_dckd_model import flat, options, step
 from safetensors.torch import save_file
 from torch import nn
@@ -27,11 +29,16 @@ EMA = {'weight': torch.ones(2, 3), 'bias': torch.ones(2)}
         ({'params': WEIGHTS, 'params_ema': EMA}, 'params_ema', 'params_ema', EMA),
         ({'params': WEIGHTS, 'params_ema': EMA}, 'params', 'params', WEIGHTS),
         ({'params': WEIGHTS, 'params_ema': EMA}, None, 'params_ema', EMA),
-        ({'params': WEIGHTS}, 'params_ema', 'params', WEIGHTS),
         (WEIGHTS, None, 'bare weights', WEIGHTS),
-        (WEIGHTS, 'params', 'bare weights', WEIGHTS),
         ({'state_dict': WEIGHTS, 'epoch': 3}, None, 'state_dict', WEIGHTS),
+        ({'model_state_dict': WEIGHTS, 'optimizer': {'state': {}, 'lr': 1}}, None, 'model_state_dict', WEIGHTS),
+        ({'model': WEIGHTS, 'scheduler': {'step': 3}}, None, 'model', WEIGHTS),
+        ({'net': WEIGHTS}, None, 'net', WEIGHTS),
+        ({'generator': WEIGHTS, 'iter': 3, 'lr': [1e-4]}, None, 'generator', WEIGHTS),
+        ({'model': {'type': 'EDSR'}, 'net': WEIGHTS}, None, 'net', WEIGHTS),
+        ({'net': WEIGHTS, 'params': EMA}, 'net', 'net', WEIGHTS),
         ({'params': {f'module.{k}': v for k, v in WEIGHTS.items()}}, None, 'params', WEIGHTS),
+        ({f'_orig_mod.module.{k}': v for k, v in WEIGHTS.items()}, None, 'bare weights', WEIGHTS),
     ],
 )
 def test_layouts(tmp_path, content, key, used, expected):
@@ -41,10 +48,136 @@ def test_layouts(tmp_path, content, key, used, expected):
     assert all(torch.equal(weights[k], expected[k]) for k in expected)
 
 
-def test_safetensors(tmp_path):
-    save_file(WEIGHTS, tmp_path / 'w.safetensors')
-    weights, used = checkpoint.read_weights(tmp_path / 'w.safetensors')
+@pytest.mark.parametrize('name', ['w.safetensors', 'w.pth'])
+def test_safetensors_whatever_its_name(tmp_path, name):
+    save_file(WEIGHTS, tmp_path / name, {'dckd_sr': '{"scale": 2}'})
+    weights, used = checkpoint.read_weights(tmp_path / name)
     assert used == 'bare weights' and torch.equal(weights['weight'], WEIGHTS['weight'])
+    assert checkpoint.read_metadata(tmp_path / name) == {'scale': 2}
+    torch.save({'params': EMA}, tmp_path / 'w.safetensors')
+    assert torch.equal(checkpoint.read_weights(tmp_path / 'w.safetensors')[0]['weight'], EMA['weight'])
+
+
+@pytest.mark.parametrize(
+    'content, key, message',
+    [
+        (
+            {'params': WEIGHTS, 'ema': EMA},
+            'params_ema',
+            "no entry 'params_ema'; available: params, ema; set path.param_key_t",
+        ),
+        (WEIGHTS, 'params', "no entry 'params': it holds bare weights, without entries; leave out path.param_key_t"),
+        ({'a': WEIGHTS, 'b': EMA}, None, 'holds several networks: a, b; set path.param_key_t to one of them'),
+        ({'params': {'w': torch.eye(2).to_sparse()}}, None, r'not tensors: w \(a sparse tensor\)'),
+        (
+            {'net': {'w': torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}},
+            None,
+            r'w \(a quantised tensor\)',
+        ),
+        ({'w': torch.ones(2, device='meta')}, None, r'w \(a tensor without values, of the device meta\)'),
+        ({'net': nn.Linear(1, 1)}, None, r'not tensors: net \(torch.nn.modules.linear.Linear\)'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore')
+def test_another_entry_is_never_taken_instead(tmp_path, content, key, message):
+    torch.save(content, tmp_path / 'w.pth')
+    with pytest.raises(UserError, match=message):
+        checkpoint.read_weights(tmp_path / 'w.pth', key, 'path.param_key_t')
+
+
+@pytest.fixture
+def log(caplog):
+    logger = get_root_logger()
+    logger.propagate = True
+    with caplog.at_level('INFO', 'basicsr'):
+        yield caplog
+    logger.propagate = False
+
+
+@pytest.mark.parametrize(
+    'content, key, warned',
+    [
+        ({'params': WEIGHTS, 'params_ema': EMA}, 'params', True),
+        ({'params': WEIGHTS, 'params_ema': EMA}, None, False),
+        ({'state_dict': WEIGHTS, 'state_dict_ema': EMA}, None, True),
+        ({'params': WEIGHTS}, 'params', False),
+    ],
+)
+def test_raw_weights_beside_averaged_ones_are_told(tmp_path, log, content, key, warned):
+    torch.save(content, tmp_path / 'w.pth')
+    checkpoint.read_weights(tmp_path / 'w.pth', key, 'path.param_key_t')
+    told = [record.getMessage() for record in log.records if record.levelname == 'WARNING']
+    assert bool(told) is warned and all('path.param_key_t' in text and 'averaged' in text for text in told)
+
+
+def renamed(weights, prefix):
+    return {f'{prefix}{key}': value for key, value in weights.items()}
+
+
+class Wrapped(nn.Module):
+    """A network whose own names have a part in common."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'net_g.', 'model.', 'model.net_g.module.', 'lit.net.'])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_prefix_of_all_names_is_left_out_where_the_rest_fits(tmp_path, log, prefix, wrapped):
+    net = Wrapped() if wrapped else nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    wanted = {key: torch.full_like(value, 7) for key, value in net.state_dict().items()}
+    torch.save({'state_dict': renamed(wanted, prefix)}, tmp_path / 'w.ckpt')
+    checkpoint.load_network(net, tmp_path / 'w.ckpt', option='path.param_key_g')
+    assert all(torch.equal(value, wanted[key]) for key, value in net.state_dict().items())
+    told = ' '.join(record.getMessage() for record in log.records)
+    assert not prefix or f'without {prefix} before' in told or "'module.' and '_orig_mod.'" in told
+
+
+def test_a_prefix_that_the_file_lacks_is_put_before(tmp_path):
+    inner = nn.Sequential(nn.Linear(3, 2))
+    torch.save(inner.state_dict(), tmp_path / 'w.pth')
+    net = Wrapped()
+    checkpoint.load_network(net, tmp_path / 'w.pth')
+    assert torch.equal(net.model[0].weight, inner[0].weight)
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (renamed(WEIGHTS, 'student.') | renamed(EMA, 'teacher.'), '--prefix student.'),
+        ({**WEIGHTS, 'bias': torch.zeros(3)}, 'path.strict_load_g: false takes what fits, the rest stays random'),
+        ({**WEIGHTS, 'scale': torch.zeros(3)}, 'path.strict_load_g: false leaves out what is unknown'),
+    ],
+)
+def test_what_does_not_fit_names_what_helps(tmp_path, content, message):
+    torch.save({'params': content}, tmp_path / 'w.pth')
+    for strict in (True, None):  # an empty option is one that is not set
+        with pytest.raises(UserError) as error:
+            checkpoint.load_network(nn.Linear(3, 2), tmp_path / 'w.pth', strict, option='path.param_key_g')
+        assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('key, wanted', [(None, EMA), ('params', WEIGHTS), ('params_ema', EMA)])
+def test_every_role_reads_alike(tmp_path, key, wanted):
+    """Start weights, their average, teacher: the same file and option, the same weights."""
+    opt = options()
+    for name in ('network_his', 'network_vqgan', 'cl_opt', 'ce_opt'):
+        (opt if name in opt else opt['train']).pop(name)
+    opt.update(model_type='KDModel', network_t=opt['network_g'])
+    net = build_network(opt['network_g'])
+    raw, ema = (
+        {name: torch.full_like(value, fill) for name, value in net.state_dict().items()} for fill in (0.25, 0.5)
+    )
+    torch.save({'params': renamed(raw, 'net_g.'), 'params_ema': renamed(ema, 'net_g.')}, tmp_path / 'w.pth')
+    paths = {
+        f'{name}_{letter}': value for letter in 'gt' for name, value in (('param_key', key), ('strict_load', None))
+    }
+    opt['path'] = {**paths, **{f'pretrain_network_{letter}': str(tmp_path / 'w.pth') for letter in 'gt'}}
+    model = build_model(opt)
+    fill = 0.25 if wanted is WEIGHTS else 0.5
+    assert np.all(flat(model.net_g) == fill) and np.all(flat(model.net_t) == fill)
+    assert np.all(flat(model.net_g_ema) == 0.5)  # the file's averaged ones, as BasicSR
 
 
 def broken(kind, path):

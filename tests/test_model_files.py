@@ -1,6 +1,7 @@
 """Networks from files: whose word on the architecture counts, and what is no network from images to images."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_tensors():
     net = save(NETWORK)
     model = model_files.load('net.pth')
     assert (model.scale, model.channels, model.grid) == (2, 3, 1)
-    assert torch.equal(run(), net(LQ)) and model.about == 'EDSR, architecture from its tensors, x2'
+    assert torch.equal(run(), net(LQ)) and model.about == 'EDSR, weights: params, architecture from its tensors, x2'
 
 
 def test_option_file_is_believed_first():
@@ -131,6 +132,28 @@ def test_refused():
         with pytest.raises(UserError, match=message) as error:
             model_files.load(*arguments)
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')
+def test_torchscript_with_compressed_weights_is_refused():
+    torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 3, 1), LQ), 'net.pt')
+    with zipfile.ZipFile('net.pt') as old, zipfile.ZipFile('bomb.pt', 'w') as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info), zipfile.ZIP_DEFLATED)
+    assert model_files.load('net.pt').scale == 1
+    with pytest.raises(UserError, match=r'bomb.pt cannot be read: .* is compressed'):
+        model_files.load('bomb.pt')
+
+
+@pytest.mark.parametrize('prefix', ['net_g.', 'module.', 'model.'])
+def test_names_with_a_prefix(prefix):
+    weights = {f'{prefix}{key}': value for key, value in save(NETWORK).state_dict().items()}
+    torch.save({'state_dict': weights, 'epoch': 3}, 'light.ckpt')
+    assert torch.equal(run('light.ckpt'), run('net.pth'))
+    write({'network_g': NETWORK}, 'opt.yml')
+    assert torch.equal(run('light.ckpt', opt_file='opt.yml'), run('net.pth'))
+    with pytest.raises(UserError, match="no entry 'params'; available: state_dict; set --param_key to one of them"):
+        run('light.ckpt', param_key='params')
 
 
 @pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')

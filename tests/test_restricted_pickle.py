@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import copy
 import io
 import os
 import pickle
@@ -448,6 +449,97 @@ def test_endless_pickles_are_cut(tmp_path, monkeypatch):
     program = b'(' + b'N' * 500 + b'lq\x000' + b'ctorch\nSize\nh\x00\x85R0' * 5 + b'}.'
     with pytest.raises(UserError, match='too long'):
         load(crafted(tmp_path, program))
+
+
+def rebuilt(count, data):
+    """Opcodes of a list of numpy arrays, each built anew from one and the same string."""
+    head = b'\x80\x02](B' + struct.pack('<I', len(data)) + data + b'q\x000'
+    array = b'cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J' + struct.pack('<i', len(data)) + b'\x85'
+    array += b'cnumpy\ndtype\nX\x02\0\0\0u1\x85R\x89h\x00tb'
+    return head + array * count + b'e.'
+
+
+def test_arrays_built_again_from_one_string_count_each(tmp_path):
+    data = bytes(100_000)
+    assert [array.shape for array in load(crafted(tmp_path, rebuilt(1, data)))] == [(100_000,)]
+    with pytest.raises(UserError, match='its arrays are larger than the file'):
+        load(crafted(tmp_path, rebuilt(2, data)))
+
+
+@FORMATS
+def test_tensors_that_repeat_a_storage_count_each(tmp_path, zipped, monkeypatch):
+    """Whoever copies them, as `zoo convert` does, would need what they claim, not what the file holds."""
+    monkeypatch.setattr(restricted_pickle, '_MAX_SEEN', (16, 2**20))
+    one = saved(tmp_path, {'w': torch.zeros(1).expand(2**17)}, zipped)
+    assert load(one)['w'].shape == (2**17,)
+    base = torch.zeros(2**10)
+    shared = saved(tmp_path, {str(i): base.expand(16, -1) for i in range(50)}, zipped)
+    with pytest.raises(UserError, match='repeat their storages too often'):
+        load(shared)
+
+
+def test_copies_of_a_dict_cost_what_they_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(restricted_pickle, '_MAX_STEPS', 3000)
+    items = b'}(' + b''.join(b'K%cN' % i for i in range(200)) + b'uq\x000'
+    assert load(crafted(tmp_path, items + b'cbuiltins\ndict\nh\x00\x85R0' * 2 + b'}.')) == {}
+    with pytest.raises(UserError, match='too long'):
+        load(crafted(tmp_path, items + b'cbuiltins\ndict\nh\x00\x85R0' * 4 + b'}.'))
+
+
+def compressed(source, target, only=''):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w') as new:
+        for info in old.infolist():
+            kind = zipfile.ZIP_DEFLATED if only in info.filename else zipfile.ZIP_STORED
+            new.writestr(info.filename, old.read(info), kind)
+    return target
+
+
+@pytest.mark.parametrize('only', ['', 'data.pkl', 'data/0', 'version'])
+def test_compressed_records_are_refused_before_they_are_read(tmp_path, only, monkeypatch):
+    """torch.load inflates them: 0.3 MB become 300 MB."""
+    path = compressed(saved(tmp_path, {'w': torch.zeros(100_000)}), tmp_path / 'bomb.pth', only)
+    monkeypatch.setattr(zipfile.ZipFile, 'read', None)
+    with pytest.raises(UserError, match=r'bomb.pth cannot be read: .* is compressed, to \d+ of \d+ bytes'):
+        load(path)
+
+
+def test_records_that_overlap_are_refused(tmp_path):
+    """A table that names the same bytes again and again claims more than the file has."""
+    path = saved(tmp_path, {'w': torch.zeros(1000)})
+    with zipfile.ZipFile(path, 'a') as archive:
+        [info] = [info for info in archive.infolist() if info.filename.endswith('data/0')]
+        for index in range(5):
+            again = copy.copy(info)
+            again.filename = f'{info.filename}{index}'
+            archive.filelist.append(again)
+            archive.NameToInfo[again.filename] = again
+        archive._didModify = True
+    with pytest.raises(UserError, match='its records claim'):
+        load(path)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_tensors_that_no_network_here_has_are_told():
+    quantised = torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)
+    content = {
+        'csr': torch.eye(3).to_sparse_csr(),
+        'coo': torch.eye(3).to_sparse(),
+        'int8': quantised,
+        'meta': torch.ones(2, device='meta'),
+        'nested': torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        'plain': torch.ones(2),
+    }
+    torch.save(content, 'other.pth')
+    read = load('other.pth')
+    assert torch.equal(read.pop('plain'), torch.ones(2))
+    names = {key: value.name for key, value in read.items()}
+    assert names == {
+        'csr': 'a sparse tensor',
+        'coo': 'a sparse tensor',
+        'int8': 'a quantised tensor',
+        'meta': 'a tensor without values, of the device meta',
+        'nested': 'a nested tensor',
+    }
 
 
 # Files that are none

@@ -53,5 +53,5 @@ def _build(block: dict[str, Any], index: int) -> nn.Module:
         raise UserError(f'networks.{index} of an Ensemble has no weights: set its pretrain')
     net = build_network(options)
     if path is not None:
-        checkpoint.load_network(net, path, True, block.get('param_key'))
+        checkpoint.load_network(net, path, True, block.get('param_key'), f'network_t.networks.{index}.param_key')
     return net

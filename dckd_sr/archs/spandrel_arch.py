@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import re
 from collections import namedtuple
@@ -50,7 +51,12 @@ def spandrel(path, param_key=None, **options):
     Raises:
         UserError: unreadable file, unknown arch, or options that it does not have.
     """
-    weights, used = checkpoint.read_weights(path, param_key)
+    return build(path, param_key, options, 'param_key')[0]
+
+
+def build(path, param_key, options, option):
+    """As `spandrel`, and the entry of the file that was used; ``option`` is what a user sets to choose it."""
+    weights, used = checkpoint.read_weights(path, param_key, option)
     found = _recognised(weights, path)
     if found is None:
         descriptor = _descriptor(weights, path)
@@ -65,7 +71,7 @@ def spandrel(path, param_key=None, **options):
         net = cls(**{**description.options, **options})
         checkpoint.load_weights(net, weights, path)
     get_root_logger().info(f'Read {type(net).__name__} from {path}, weights: {used}.')
-    return net.eval()
+    return net.eval(), used
 
 
 def describe(path, param_key=None):
@@ -137,7 +143,8 @@ def check_options(path, description, options):
 def _descriptor(weights, path):
     import spandrel as library  # late: few runs need it
 
-    weights = library.canonicalize_state_dict(weights)
+    known = (named for named, _ in checkpoint.prefixes(weights) if _is_spandrels(library, named))
+    weights = next(known, weights)
     try:
         with torch.random.fork_rng(devices=[]):
             descriptor = library.ModelLoader('cpu').load_from_state_dict(weights)
@@ -150,6 +157,27 @@ def _descriptor(weights, path):
     if not isinstance(descriptor, library.ImageModelDescriptor):
         raise UserError(f'{path} holds {descriptor.architecture.name}, which needs a mask beside the image')
     return descriptor
+
+
+def _is_spandrels(library, weights):
+    return any(support.detect(weights) for support in library.MAIN_REGISTRY)
+
+
+def without_wrapper(weights):
+    """Names without the prefix that a program which trains has put before all of them, as far as names can tell.
+
+    Returns:
+        (state dict, prefix that was left out): the first under whose names an arch is recognised; else without
+        ``net_g.`` and ``model.``, unless numbers follow, as in a Sequential of this name.
+    """
+    import spandrel as library  # late: few runs need it
+
+    found = list(checkpoint.prefixes(weights))
+    for named, prefix in found:
+        if infer(named) is not None or _is_spandrels(library, named):
+            return named, prefix
+    plain = [pair for pair in found if re.fullmatch(r'((net_g|model)\.)*', pair[1])]
+    return next(pair for pair in reversed(plain) if not re.match(r'\d', next(iter(pair[0]), '')))
 
 
 UNKNOWN = 'is of no arch that is recognised: give network_t its type and options, and path.pretrain_network_t the file'
@@ -184,11 +212,12 @@ def infer(weights):
         weights: state dict.
 
     Returns:
-        (`Description`, weights with the names that the arch has), or None.
+        (`Description`, weights with the names that the arch has, without a prefix of them all), or None.
     """
-    for reader in (_edsr_pytorch, _rcan, _edsr, _msrresnet, _nafnet, _restormer):
+    readers = (_edsr_pytorch, _rcan, _edsr, _msrresnet, _nafnet, _restormer)
+    for reader, (named, _) in itertools.product(readers, checkpoint.prefixes(weights)):
         try:
-            found = reader(weights)
+            found = reader(named)
         except (KeyError, IndexError, ValueError, ZeroDivisionError):
             continue  # a part of its names is there by chance
         if found is not None:

@@ -202,9 +202,8 @@ def _runner(opt, self_ensemble):
         raise UserError(f'network_t: {reason(error)}') from error
     path = opt['path']
     if path.get('pretrain_network_t') is not None:
-        strict = path.get('strict_load_t')
-        strict = True if strict is None else strict
-        checkpoint.load_network(net, path['pretrain_network_t'], strict, path.get('param_key_t'))
+        strict, key = path.get('strict_load_t'), path.get('param_key_t')
+        checkpoint.load_network(net, path['pretrain_network_t'], strict, key, 'path.param_key_t')
     net = net.to(device).eval()
     sizes = {key: opt['val'].get(key) for key in ('window_size', 'tile_size', 'tile_overlap')}
 

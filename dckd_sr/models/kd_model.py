@@ -47,14 +47,13 @@ class KDModel(SRModel):
             average_(self.net_g_ema, self.get_bare_model(self.net_g), 0)
             path = self.opt['path'].get('pretrain_network_g')
             if path is not None:
-                strict = self.opt['path'].get('strict_load_g', True)
-                checkpoint.load_network(self.net_g_ema, path, strict, 'params_ema')
+                self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g'), 'params_ema')
         if self.opt.get('network_t') is not None:
             self.net_t = self.build_frozen(self.opt['network_t'], 'teacher')
             path = self.opt['path'].get('pretrain_network_t')
             if path is not None:
-                strict, key = self.opt['path'].get('strict_load_t', True), self.opt['path'].get('param_key_t')
-                checkpoint.load_network(self.net_t, path, strict, key)
+                strict, key = self.opt['path'].get('strict_load_t'), self.opt['path'].get('param_key_t')
+                checkpoint.load_network(self.net_t, path, strict, key, 'path.param_key_t')
             elif self.opt['network_t']['type'] not in OWN_WEIGHTS:
                 get_root_logger().warning('The teacher has random weights: path.pretrain_network_t is not set.')
         logger_opt = self.opt.get('logger') or {}
