@@ -598,7 +598,6 @@ LOSS_VALUES = {
     'form': ('released', 'paper'),
     'reduce': ('global', 'rank'),
     'guard': (True, False),
-    'semi_hard': (True, False),
     'criterion': ('l1', 'fro'),  # BasicSR 1.4.2 asks PyTorch for 'l2' by a name that does not exist
     'features': ('vgg', 'vqgan'),
     'zoom_out': (True, False),

@@ -101,7 +101,7 @@ class ReleasedStep:
         for weight, anchor, positive, *others in zip(criterion.weights, anchors, positives, *negatives):
             near = (anchor - positive).abs().mean()
             far = (anchor - torch.stack(others)).abs().sum(0).mean()
-            counts = near <= far / len(others) if criterion.semi_hard else 1
+            counts = 1 if criterion.margin is None else near <= criterion.margin * far / len(others)
             total = total + weight * (near / (far + 1e-7)) * counts
         return criterion.loss_weight * total
 

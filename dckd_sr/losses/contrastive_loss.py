@@ -1,12 +1,13 @@
 """The dynamic contrastive loss of DCKD (AAAI 2025), Eq. 5.
 
 sum_i weight_i * |f_i^S - f_i^T| / sum_j |f_i^S - f_ij^Neg|, f_i being the levels of a frozen VQGAN encoder and |.| the
-mean over all elements of the batch. Reference: super-SSS/DCKD, `ContrasLoss`; the selection of semi-hard negatives, the
-guard and the averaging over processes are ours.
+mean over all elements of the batch. Reference: super-SSS/DCKD, `ContrasLoss`; margin, guard and averaging over
+processes are ours.
 
-Semi-hard negatives are those that are farther from the anchor than the positive is (Schroff et al., FaceNet, CVPR
-2015). In the first iterations the history is nearly the student, so that its outputs are no such negatives: the ratio
-is large, and its gradient can be two hundred times that of a pixel loss.
+The margin is that of triplet losses, as a factor: a negative must be farther from the anchor than the positive is
+(semi-hard negatives; Schroff et al., FaceNet, CVPR 2015). In the first iterations the history is nearly the student, so
+that its outputs are no such negatives: the ratio is large, and its gradient can be two hundred times that of a pixel
+loss.
 """
 
 from __future__ import annotations
@@ -111,8 +112,10 @@ class DynamicContrastiveLoss(nn.Module):
         weights: one number per encoder level, from the finest.
         loss_weight: factor of the result.
         d_func: the distance; 'L1'.
-        semi_hard: leave out a level as long as its negatives are on average nearer to the student than the teacher is
-            (numerator > denominator / N): they are no lower bound yet. False is the loss as released.
+        margin: leave out a level while its numerator is more than this part of the mean distance to its negatives: they
+            are too near to be a lower bound. The ratio pushes the student from its negatives numerator / mean distance
+            times as strongly as it pulls it to the teacher, so that the margin bounds the push. None keeps all levels,
+            as released.
         guard: leave out a level whose negatives equal the student but for rounding (denominator / N below 3e-5 of the
             features' mean magnitude), where the ratio would explode, and warn once. Levels that stay are untouched.
         reduce: with several processes, 'global' averages numerators and denominators over them before dividing, so that
@@ -132,7 +135,7 @@ class DynamicContrastiveLoss(nn.Module):
         weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
         loss_weight=1.0,
         d_func='L1',
-        semi_hard=True,
+        margin=0.25,
         guard=True,
         reduce='global',
         reduction='mean',
@@ -148,7 +151,7 @@ class DynamicContrastiveLoss(nn.Module):
                 raise UserError(f"{name} of the contrastive loss must be {' or '.join(choices)}, not '{value}'")
         self.weights = tuple(weights)
         self.loss_weight = loss_weight
-        self.semi_hard = semi_hard
+        self.margin = margin
         self.guard = guard
         self.reduce = reduce
         self.stats = {}
@@ -186,22 +189,22 @@ class DynamicContrastiveLoss(nn.Module):
 
     def from_parts(self, anchor, positive, parts):
         """`from_levels` for negatives that come in parts: an iterable of such lists, each taken once, in turn."""
-        return self._compared(anchor, positive, parts, self.semi_hard)
+        return self._compared(anchor, positive, parts, self.margin)
 
-    def _compared(self, anchor, positive, parts, semi_hard):
+    def _compared(self, anchor, positive, parts, margin):
         self.check_levels(len(anchor))
         numerators = distances(anchor, [positive], self.compare)
         counted = _Counted(parts, len(anchor[0]))
         denominators = distances(anchor, counted, self.compare)
         magnitudes = torch.stack([level.detach().abs().mean() for level in anchor]).to(numerators.dtype)
         sums = torch.stack([numerators, denominators, magnitudes])
-        return self._ratios(sums, counted.num_neg, semi_hard)
+        return self._ratios(sums, counted.num_neg, margin)
 
     def forward(self, pred, target):
         """The loss of images, as an ordinary BasicSR loss.
 
         The negatives of an image are the other targets of the batch; in a batch of one it is the target itself, shifted
-        cyclically by half its height and width. ``semi_hard`` has no effect here: such negatives are far from each
+        cyclically by half its height and width. ``margin`` has no effect here: such negatives are far from each
         other at the start, and a loss that stood alone would begin with no gradient at all.
 
         Args:
@@ -229,7 +232,7 @@ class DynamicContrastiveLoss(nn.Module):
             parts = [[level[1:] for level in others]]
         else:  # one after the other, because each is a copy
             parts = ([level.roll(shift, 0) for level in others] for shift in range(1, count))
-        return self._compared(self.encoder(pred, codes=False).levels, positive, parts, semi_hard=False)
+        return self._compared(self.encoder(pred, codes=False).levels, positive, parts, margin=None)
 
     def report(self):
         """What there is to log, as lists of one float a level, which waits for the device.
@@ -254,14 +257,14 @@ class DynamicContrastiveLoss(nn.Module):
             )
         return values
 
-    def _ratios(self, sums, num_neg, semi_hard):
+    def _ratios(self, sums, num_neg, margin):
         if self.reduce == 'global' and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sums = _MeanOverRanks.apply(sums)
         numerators, denominators, magnitudes = sums.unbind()
         # A NaN compares false and stays in the sum, where it is seen.
         distance = denominators.detach() / num_neg
         guarded = distance < (_LEAST if self.guard else 0) * magnitudes
-        left_out = guarded | (numerators.detach() > distance) if semi_hard else guarded
+        left_out = guarded if margin is None else guarded | (numerators.detach() > margin * distance)
         # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
         ratios = (numerators / (denominators + _EPS)).masked_fill(left_out, 0)
         self._log(numerators.detach(), denominators.detach(), left_out, guarded)
@@ -290,17 +293,17 @@ class _Counted:
 
 @LOSS_REGISTRY.register()
 class ContrasLoss(DynamicContrastiveLoss):
-    """`DynamicContrastiveLoss` under its released name, and as released: ``semi_hard`` is off unless asked for."""
+    """`DynamicContrastiveLoss` under its released name, and as released: without ``margin``."""
 
     def __init__(
         self,
         weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
         loss_weight=1.0,
         d_func='L1',
-        semi_hard=False,
+        margin=None,
         guard=True,
         reduce='global',
         reduction='mean',
         encoder=None,
     ):
-        super().__init__(weights, loss_weight, d_func, semi_hard, guard, reduce, reduction, encoder)
+        super().__init__(weights, loss_weight, d_func, margin, guard, reduce, reduction, encoder)

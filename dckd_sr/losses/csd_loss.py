@@ -53,7 +53,7 @@ class CSDLoss(nn.Module):
             raise UserError(
                 f'weights of CSDLoss has {len(weights)} entries, not one for each of {", ".join(self.LAYERS)}'
             )
-        self.ratio = DynamicContrastiveLoss(weights, loss_weight, semi_hard=False, guard=False)
+        self.ratio = DynamicContrastiveLoss(weights, loss_weight, margin=None, guard=False)
         self.num_neg = num_neg
         self.vgg = VGGFeatures(self.LAYERS, normalise=False, pretrain=pretrain, allow_random=allow_random)
         self.run = lambda net, images: net(images)

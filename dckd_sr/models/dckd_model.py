@@ -253,8 +253,8 @@ class DCKDModel(KDModel):
 
     def remedy(self, name):
         block = f'{name[2:]}_opt'
-        if name == 'l_cl' and not self.cri_cl.semi_hard:
-            return 'train.cl_opt.semi_hard: true'
+        if name == 'l_cl' and self.cri_cl.margin is None:
+            return 'train.cl_opt.margin: 0.25'
         if name in ('l_cl', 'l_ce', 'l_csd', 'l_mclir'):
             return f'train.gradient_shares: {{{block}: 0.3}}, or a lower train.{block}.loss_weight'
         return super().remedy(name)

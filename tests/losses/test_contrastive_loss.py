@@ -71,7 +71,7 @@ def test_any_batch_and_number_of_negatives(batch, num_neg):
     negatives = features(num_neg * batch, seed=2)
     for level in anchor:
         level.requires_grad_()
-    loss = DynamicContrastiveLoss(weights=[0.3, 2], loss_weight=0.5, semi_hard=False)
+    loss = DynamicContrastiveLoss(weights=[0.3, 2], loss_weight=0.5, margin=None)
     value = loss.from_levels(anchor, positive, negatives)
     assert value.shape == ()
     np.testing.assert_allclose(value.item(), 0.5 * reference(anchor, positive, negatives, [0.3, 2]), rtol=1e-12)
@@ -145,12 +145,12 @@ def test_guard_knows_the_rounding_of_other_kernels(channels):
     assert value == 0 and loss.stats['left_out'].all()
 
 
-def test_semi_hard_leaves_out_levels_whose_negatives_are_nearer_than_the_teacher():
+def test_margin_leaves_out_levels_whose_negatives_are_nearer_than_the_teacher():
     """Against the loss written out; the level that stays is untouched, in value and in gradient."""
     anchor, positive, negatives = ([level.requires_grad_(i == 0) for level in features(2, seed=i)] for i in range(3))
     negatives = [torch.cat([level, level + 0.5, level - 0.5]) for level in negatives]
     near = [negatives[0], torch.cat([anchor[1].detach() + 0.1] * 3)]  # the second level's are hard negatives
-    loss = DynamicContrastiveLoss(weights=[0.5, 1])
+    loss = DynamicContrastiveLoss(weights=[0.5, 1], margin=1.0)
     value = loss.from_levels(anchor, positive, near)
     value.backward()
     assert loss.stats['left_out'].tolist() == [False, True]
@@ -158,31 +158,32 @@ def test_semi_hard_leaves_out_levels_whose_negatives_are_nearer_than_the_teacher
     alone = ContrasLoss(weights=[0.5]).from_levels(anchor[:1], positive[:1], near[:1])
     assert torch.equal(anchor[0].grad, torch.autograd.grad(alone, anchor[0])[0])
     assert torch.equal(anchor[1].grad, torch.zeros_like(anchor[1]))
-    both = DynamicContrastiveLoss(weights=[0.5, 1], semi_hard=False).from_levels(anchor, positive, near)
+    both = DynamicContrastiveLoss(weights=[0.5, 1], margin=None).from_levels(anchor, positive, near)
     np.testing.assert_allclose(both.item(), reference(anchor, positive, near, [0.5, 1]), rtol=1e-12)
     assert torch.equal(ContrasLoss(weights=[0.5, 1]).from_levels(anchor, positive, near), both)
 
 
+@pytest.mark.parametrize('margin', [0.25, 1.0])
 @pytest.mark.parametrize('num_neg', [1, 5])
-def test_semi_hard_compares_with_the_mean_over_negatives(num_neg):
+def test_margin_is_a_part_of_the_mean_distance_to_the_negatives(num_neg, margin):
     anchor, positive = [torch.zeros(2, 1, 2, 2)], [torch.ones(2, 1, 2, 2)]
-    for distance, left_out in ((0.99, True), (1.01, False)):
+    for distance, left_out in ((0.99 / margin, True), (1.01 / margin, False)):
         negatives = [torch.full((2 * num_neg, 1, 2, 2), distance)]
         for parts in ([negatives], ([negatives[0][2 * j : 2 * j + 2]] for j in range(num_neg))):
-            loss = DynamicContrastiveLoss(weights=[1])
+            loss = DynamicContrastiveLoss(weights=[1], margin=margin)
             value = loss.from_parts(anchor, positive, parts)
             assert loss.stats['left_out'].tolist() == [left_out]
             assert value.item() == pytest.approx(0 if left_out else 1 / (num_neg * distance))
 
 
 def test_guard_hides_no_nan():
-    for hard in (False, True):
+    for margin in (None, 1.0):
         anchor, positive, negatives = collapsed(1)
         negatives[1][0, 0, 0, 0] = torch.nan
-        assert DynamicContrastiveLoss([1, 1], semi_hard=hard).from_levels(anchor, positive, negatives).isnan()
+        assert DynamicContrastiveLoss([1, 1], margin=margin).from_levels(anchor, positive, negatives).isnan()
         positive[0][0, 0, 0, 0] = torch.nan
         assert (
-            DynamicContrastiveLoss([1, 1], semi_hard=hard).from_levels(*collapsed(1)[:1], positive, features(4)).isnan()
+            DynamicContrastiveLoss([1, 1], margin=margin).from_levels(*collapsed(1)[:1], positive, features(4)).isnan()
         )
 
 
@@ -308,13 +309,13 @@ def one_rank(rank, folder):
     for collapse in (False, True):
         x, positive, negatives = batch_of_four(collapse)
         own = [rows(levels, n, 2 * rank, 2 * rank + 2) for levels, n in ((x, 1), (positive, 1), (negatives, 3))]
-        for reduce, semi_hard in itertools.product(('global', 'rank'), (False, True)):
+        for reduce, margin in itertools.product(('global', 'rank'), (None, 1.0)):
             net.zero_grad()
-            loss = DynamicContrastiveLoss([0.5, 1], reduce=reduce, semi_hard=semi_hard)
+            loss = DynamicContrastiveLoss([0.5, 1], reduce=reduce, margin=margin)
             value = loss.from_levels(net(own[0]), *own[1:])
             value.backward()
             left_out = loss.stats['left_out'].tolist()
-            found[f'{reduce} {semi_hard} {collapse}'] = [value.item(), net.module.factor.grad.item(), left_out]
+            found[f'{reduce} {margin} {collapse}'] = [value.item(), net.module.factor.grad.item(), left_out]
     with open(f'{folder}/{rank}.json', 'w') as file:
         json.dump(found, file)
     torch.distributed.destroy_process_group()
@@ -332,21 +333,21 @@ def test_two_processes_equal_one(tmp_path):
     """2 x B equals 1 x 2B with reduce: global, also where one process alone would leave a level out; rank does not."""
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1))
-    for collapse, semi_hard in itertools.product((False, True), (False, True)):
-        net, loss = Scale(), DynamicContrastiveLoss([0.5, 1], semi_hard=semi_hard)
+    for collapse, margin in itertools.product((False, True), (None, 1.0)):
+        net, loss = Scale(), DynamicContrastiveLoss([0.5, 1], margin=margin)
         x, positive, negatives = batch_of_four(collapse)
         value = loss.from_levels(net(x), positive, negatives)
         value.backward()
-        case = f'{semi_hard} {collapse}'
+        case = f'{margin} {collapse}'
         for found in (first, second):
             np.testing.assert_allclose(
                 found[f'global {case}'][:2], [value.item(), net.factor.grad.item()], rtol=1e-12, err_msg=case
             )
             assert found[f'global {case}'][2] == loss.stats['left_out'].tolist()
         own = [rows(levels, n, 0, 2) for levels, n in ((net(x), 1), (positive, 1), (negatives, 3))]
-        alone = DynamicContrastiveLoss([0.5, 1], semi_hard=semi_hard).from_levels(*own).item()
+        alone = DynamicContrastiveLoss([0.5, 1], margin=margin).from_levels(*own).item()
         np.testing.assert_allclose(first[f'rank {case}'][0], alone, rtol=1e-12)
         assert first[f'rank {case}'][0] != second[f'rank {case}'][0]
         assert first[f'rank {case}'][2][1] is collapse
     # The two ways to decide differ here: the second process alone would have kept the level.
-    assert first['global True True'][2] == [False, True] and second['rank True True'][2] == [False, False]
+    assert first['global 1.0 True'][2] == [False, True] and second['rank 1.0 True'][2] == [False, False]
