@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
-# Random option files and images, other ones at every call; tests run a fixed eight hundred of them.
+# Random option files and images, other ones at every call; tests run a fixed thousand of them.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --cases 2000
 

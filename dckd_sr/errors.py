@@ -1,5 +1,6 @@
 """The one error that users see, and the helper that finds what they meant."""
 
+import contextlib
 import difflib
 import functools
 import os
@@ -24,6 +25,9 @@ def entry_point(interrupted='interrupted'):
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, ValueError):  # not a terminal, pipe or file; closed
+                    stream.reconfigure(errors='backslashreplace')  # of letters that its encoding does not have
             try:
                 code = main(argv) or 0
                 sys.stdout.flush()

@@ -55,6 +55,9 @@ def add_command(commands):
 
 def _run(args):
     report = checks.Report()
+    for entry in args.imports:
+        if not keys.is_entry(entry):
+            report.error('--imports', 'expected a module, a file or a folder', entry)
     options.import_modules(args.imports, report)
     if report.problems:
         raise files.OptionError(report.problems)

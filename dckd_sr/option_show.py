@@ -90,6 +90,8 @@ def _source(file, path, value, model):
 def _is_default(path, value, model, raw):
     """Whether a value is what its section says for an empty key."""
     if path[0] == 'datasets':
+        if len(path) < 3:
+            return False  # no set is left
         kind = checks.bare((_value(raw, path[:2]) or {}).get('type'))
         model, path = checks.dataset_model(kind, path[1] == 'train'), path[2:]
     for i, key in enumerate(path):

@@ -36,7 +36,7 @@ from basicsr.archs import build_network
 from PIL import Image
 from small_run import VQGAN, dckd_run, edsr
 
-from dckd_sr import safe_yaml, test, train
+from dckd_sr import options, safe_yaml, test, train
 
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 LIMIT = 10  # seconds for a case
@@ -77,11 +77,15 @@ class Sandbox:
             exit code.
         """
         before, told = self._tree(), io.StringIO()
-        main = {'train': train.main, 'test': test.main}[command]
-        arguments = ['-opt', 'opt.yml', *(['--force_yml', *overrides] if overrides else [])]
+        # A console that knows no letters but ASCII's, as one of Windows may.
+        shown = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+        name, *flags = command.split()
+        main = {'train': train.main, 'test': test.main, 'show': options.main}[name]
+        arguments = ['show', 'opt.yml', *flags] if name == 'show' else ['-opt', 'opt.yml']
+        arguments += ['--force_yml', *overrides] if overrides else []
         self.outside = []
         try:
-            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()), self._limits():
+            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(shown), self._limits():
                 Sandbox.hooked = self
                 try:
                     code = main(arguments)
@@ -326,6 +330,29 @@ def option_files(draw, bases):
     return command, text
 
 
+@st.composite
+def displays(draw, bases):
+    """(command, text of an option file, overrides): values of a valid file taken away or of another type, and shown."""
+    _, base = bases[draw(st.sampled_from(sorted(bases)))]
+    opt, overrides = copy.deepcopy(base), []
+    for _ in range(draw(st.integers(1, 4))):
+        places = list(_places(opt))
+        *above, last = draw(st.sampled_from(places))
+        value = draw(st.one_of(st.none(), st.none(), values()))
+        if draw(st.booleans()) and all(isinstance(key, str) for key in (*above, last)):
+            text = draw(st.sampled_from(('null', '~', '', '[]', '{}', '1', 'x', '{type: ~}', '{type: [1]}', '[{}]')))
+            overrides.append(f'{":".join([*above, last])}={text}')
+        elif not draw(st.booleans()):
+            _at(opt, above)[last] = copy.deepcopy(value)
+        else:
+            del _at(opt, above)[last]
+    try:
+        text = safe_yaml.dump(opt)
+    except (UnicodeError, ValueError):  # a text that no file can hold
+        text = 'name: ~\n'
+    return draw(st.sampled_from(('show', 'show --test'))), text, overrides
+
+
 def _at(opt, place):
     for key in place:
         opt = opt[key]
@@ -359,17 +386,17 @@ def tell(text):
         hypothesis.note(text)
 
 
-def try_options(sandbox, command, text):
+def try_options(sandbox, command, text, overrides=()):
     """Start a command on a text as opt.yml."""
     try:
         opt = safe_yaml.parse(text)
         text = safe_yaml.dump(tame(opt)) if isinstance(opt, dict) else text
     except safe_yaml.YAMLError:
         pass
-    tell(f'{command}, opt.yml:\n{text}')
+    tell(f'{command} {overrides}, opt.yml:\n{text}')
     try:
         (sandbox.work / 'opt.yml').write_text(text, encoding='utf-8', errors='surrogatepass', newline='')
-        return sandbox.run(command)
+        return sandbox.run(command, overrides)
     finally:
         sandbox.restore()
 
@@ -463,11 +490,11 @@ def try_image(sandbox, command, reader, files):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both
+# All
 
 
 def properties(sandbox):
-    """The two properties, for `hypothesis.settings` and `hypothesis.seed`."""
+    """The three properties, for `hypothesis.settings` and `hypothesis.seed`."""
 
     @hypothesis.given(option_files(sandbox.bases))
     def options_property(case):
@@ -477,7 +504,11 @@ def properties(sandbox):
     def images_property(case):
         try_image(sandbox, *case)
 
-    return options_property, images_property
+    @hypothesis.given(displays(sandbox.bases))
+    def display_property(case):
+        try_options(sandbox, *case)
+
+    return options_property, images_property, display_property
 
 
 def settings(cases, **more):
@@ -508,7 +539,7 @@ def main(argv=None):
         exit code: 0 all fine, 1 a case failed, and is printed.
     """
     parser = argparse.ArgumentParser(description='Random option files and images.')
-    parser.add_argument('--cases', type=int, default=2000, help='how many; three quarters of them option files')
+    parser.add_argument('--cases', type=int, default=2000, help='half of them option files, a quarter images')
     parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(2**32), help='drawn if not given')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -519,8 +550,8 @@ def main(argv=None):
         sandbox = Sandbox(folder)
         os.chdir(sandbox.work)
         try:
-            images = args.cases // 4
-            for check, count in zip(properties(sandbox), (args.cases - images, images)):
+            quarter = args.cases // 4
+            for check, count in zip(properties(sandbox), (args.cases - 2 * quarter, quarter, quarter)):
                 with quiet():
                     hypothesis.seed(args.seed)(settings(count)(check))()
         finally:

@@ -1,6 +1,7 @@
 """--help answers at once, with the text of the parser; everything else of the package starts as ever."""
 
 import importlib
+import io
 import os
 import re
 import subprocess
@@ -104,7 +105,8 @@ def test_an_option_file_out_of_place(command, arguments, hint, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Outside the environment
 
-COMMANDS = [file.stem for file in sorted(PACKAGE.glob('*.py')) if '__main__' in file.read_text(encoding='utf-8')]
+_STARTS = "if __name__ == '__main__':"
+COMMANDS = [file.stem for file in sorted(PACKAGE.glob('*.py')) if _STARTS in file.read_text(encoding='utf-8')]
 
 
 def bare_python(folder, argv, hidden=('torch', 'torchvision', 'basicsr', 'cv2', 'yaml')):
@@ -166,3 +168,39 @@ def test_a_python_that_is_too_old(monkeypatch, capsys):
     monkeypatch.delattr(sys, 'orig_argv', raising=False)
     text = told(commands.check_python, capsys)
     assert re.fullmatch(r'error: Python 3\.\d+ or newer is needed, and .* is older\n', text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What only displays
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('columns', ['80', '20'])
+def test_every_help_is_shown(name, columns, monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', columns)
+    main = importlib.import_module(f'dckd_sr.{name}').main
+    assert main(['--help']) == 0 and capsys.readouterr().out.startswith('usage: ')
+    assert main(['no-such-command']) != 0 or name == 'demo'
+    choices = re.search(r'invalid choice: .*\(choose from (.*?)\)', capsys.readouterr().err)
+    for command in re.findall(r'[\w-]+', choices[1]) if choices and name != 'demo' else ():
+        assert main([command, '--help']) == 0, command
+        out, err = capsys.readouterr()
+        assert out.startswith('usage: ') and err == ''
+
+
+def test_letters_that_a_console_does_not_have(monkeypatch, tmp_path):
+    console = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', console)
+    monkeypatch.chdir(tmp_path)
+    Path('opt.yml').write_text('name: 日本語\n', encoding='utf-8')
+    options = importlib.import_module('dckd_sr.options')
+    assert options.main(['show', 'opt.yml']) == 2
+    console.flush()
+    assert b'\\u65e5' in console.buffer.getvalue()
+
+
+@pytest.mark.parametrize('arguments', [['--imports', 'no.such'], ['--imports', ''], ['-o', 'none/x.json'], ['--what']])
+def test_schema_of_mistakes(arguments, capsys):
+    options = importlib.import_module('dckd_sr.options')
+    code, (_, err) = options.main(['schema', *arguments]), capsys.readouterr()
+    assert code == 2 and err.splitlines()[-1].count('error: ') == 1 and 'Traceback' not in err

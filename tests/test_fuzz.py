@@ -18,13 +18,18 @@ def _inside(sandbox, monkeypatch):
 
 
 def test_option_files(sandbox):
-    options_property, _ = fuzz.properties(sandbox)
+    options_property, *_ = fuzz.properties(sandbox)
     fuzz.settings(600, derandomize=True)(options_property)()
 
 
 def test_images(sandbox):
-    _, images_property = fuzz.properties(sandbox)
+    _, images_property, _ = fuzz.properties(sandbox)
     fuzz.settings(200, derandomize=True)(images_property)()
+
+
+def test_what_is_shown(sandbox):
+    *_, display_property = fuzz.properties(sandbox)
+    fuzz.settings(200, derandomize=True)(display_property)()
 
 
 def test_the_files_it_starts_from_work(sandbox):
