@@ -15,6 +15,22 @@ class UserError(Exception):
     """
 
 
+class SeveralErrors(UserError):
+    """Several mistakes at once, a line each.
+
+    Attributes:
+        problems (list[str]): the lines.
+    """
+
+    def __init__(self, problems, source=None):
+        self.problems = [one_line(problem) for problem in problems]
+        head = [one_line(source)] if source is not None else []
+        if len(self.problems) == 1:
+            super().__init__(': '.join([*head, *self.problems]))
+        else:
+            super().__init__('\n  '.join([': '.join([*head, f'{len(self.problems)} problems']), *self.problems]))
+
+
 def entry_point(interrupted='interrupted'):
     """Decorator of an entry point ``main(argv=None)`` that returns an exit code, or None for 0.
 
@@ -33,8 +49,7 @@ def entry_point(interrupted='interrupted'):
                 sys.stdout.flush()
                 return code
             except UserError as error:
-                # Several mistakes in one option file are several lines, which `OptionError` makes.
-                print(f'error: {error if hasattr(error, "problems") else one_line(error)}', file=sys.stderr)
+                print(f'error: {error if isinstance(error, SeveralErrors) else one_line(error)}', file=sys.stderr)
                 return 2
             except SystemExit as stop:
                 return stop.code or 0

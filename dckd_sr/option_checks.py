@@ -23,6 +23,7 @@ from pydantic import ValidationError, create_model
 from dckd_sr import imports, safe_yaml, zoo
 from dckd_sr import option_keys as keys
 from dckd_sr.archs import ensemble_arch, spandrel_arch, vqgan_arch
+from dckd_sr.data.files import not_searched
 from dckd_sr.errors import UserError, looked_in, nearest, one_line
 from dckd_sr.ops.schedulers import SCHEDULERS
 from dckd_sr.vgg import vgg_places
@@ -1005,11 +1006,25 @@ def check_dataset(report, opt, name, block, is_train):
         check_stages(report, where, data, opt)
     data['phase'], data['scale'] = phase, opt['scale']
     found = report if is_train else Report()
+    if kind == 'SRImageDataset' and phase != 'train':
+        make_missing_lq(report, where, data)
     check_data_files(found, report, where, data)
     if found is not report and found.problems:
         data['missing'] = '; '.join(found.problems)
         report.warnings += [f'{problem}; skipped' for problem in found.problems]
     return data
+
+
+def make_missing_lq(report, where, data):
+    """Bicubic LR images that are not there are made from HR: the same pixels, if HR is cut as MATLAB's users do."""
+    path, gt = data.get('dataroot_lq'), data.get('dataroot_gt')
+    there = not isinstance(path, str) or os.path.lexists(path) or not isinstance(gt, str) or not os.path.isdir(gt)
+    if there or data['scale'] < 2 or not re.search('bicubic|LRbic', path) or path.endswith('.lmdb'):
+        return
+    report.warn(
+        f'{where}.dataroot_lq', f"no such folder{looked_in(path)}; LR is made from HR, as MATLAB's imresize", path
+    )
+    del data['dataroot_lq']
 
 
 def check_data_files(found, report, where, data):
@@ -1019,7 +1034,10 @@ def check_data_files(found, report, where, data):
         if isinstance(data.get(key), str):
             if lmdb and not data[key].endswith('.lmdb'):
                 found.error(f'{where}.{key}', 'expected a folder *.lmdb, because io_backend.type is lmdb', data[key])
-            check_file(found, f'{where}.{key}', data[key], folder=True)
+            fine = check_file(found, f'{where}.{key}', data[key], folder=True)
+            told = not_searched(data[key]).removeprefix('; ') if fine and not lmdb else ''
+            if told and not any(data.get(key) for key in ('meta_info_file', 'meta_info')):
+                report.warn(f'{where}.{key}', told, data[key])
     for key in ('meta_info_file', 'meta_info'):
         path = data.get(key)
         if lmdb or not isinstance(path, str) or os.path.isfile(path):

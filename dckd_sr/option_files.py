@@ -24,26 +24,14 @@ from pathlib import Path
 from dckd_sr import imports, safe_yaml
 from dckd_sr import option_checks as checks
 from dckd_sr import option_keys as keys
-from dckd_sr.errors import UserError, looked_in, one_line
+from dckd_sr.errors import SeveralErrors, looked_in
 
 BASE = '_base_'
 _LARGEST = 4 << 20  # bytes of an option file
 
 
-class OptionError(UserError):
-    """Mistakes in an option file or an override.
-
-    Attributes:
-        problems (list[str]): one line each: full path of the key, its value, what was expected.
-    """
-
-    def __init__(self, problems, source=None):
-        self.problems = [one_line(problem) for problem in problems]
-        head = [one_line(source)] if source is not None else []
-        if len(self.problems) == 1:
-            super().__init__(': '.join([*head, *self.problems]))
-        else:
-            super().__init__('\n  '.join([': '.join([*head, f'{len(self.problems)} problems']), *self.problems]))
+class OptionError(SeveralErrors):
+    """Mistakes in an option file or an override: full path of the key, its value, what was expected."""
 
 
 @dataclass

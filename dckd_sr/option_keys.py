@@ -347,6 +347,9 @@ class TrainLoader(Section):
     mini_batch_sizes: Optional[Positives] = Field(None, description='progressive training: samples per stage')
     gt_sizes: Optional[Positives] = Field(None, description='progressive training: gt_size per stage')
     iters: Optional[Positives] = Field(None, description='progressive training: iterations of each stage')
+    check_images: bool = Field(
+        False, description='read all training images before the first iteration, and name all that are unfit'
+    )
     teacher_cache: Optional[PathName] = Field(
         None, description='NAME.lmdb with the outputs of network_t, made by python -m dckd_sr.prepare teacher_cache'
     )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dckd_sr.data import decoding
 from dckd_sr.data.decoding import SUFFIXES
-from dckd_sr.data.files import read_bytes
+from dckd_sr.data.files import not_searched, read_bytes
 from dckd_sr.errors import UserError, reason
 
 FORMATS = {'.png': 'PNG', '.webp': 'WEBP', '.jpg': 'JPEG', '.jpeg': 'JPEG'}  # that can be written
@@ -125,5 +125,5 @@ def list_folder(folder: str | os.PathLike) -> list[Path]:
         raise UserError(f'cannot read {folder}: {error.strerror}') from error
     found = [e for e in entries if e.suffix.lower() in SUFFIXES and not e.name.startswith('.') and not e.is_dir()]
     if not found:
-        raise UserError(f'no images in {folder} (looked for {", ".join(SUFFIXES)})')
+        raise UserError(f'no images in {folder} (looked for {", ".join(SUFFIXES)}{not_searched(folder)})')
     return found

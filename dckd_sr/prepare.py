@@ -12,6 +12,7 @@ import sys
 
 from dckd_sr.commands import Parser
 from dckd_sr.data import downloads, jobs, lmdb_maker, teacher_cache
+from dckd_sr.data.files import not_searched
 from dckd_sr.data.lr_images import make_sr, make_subimages
 from dckd_sr.data.pairs import check, make_pairs
 from dckd_sr.data.preparing import Outcome, Result, read_image, refuse_inside, some, stems_of, unfit_text
@@ -32,6 +33,10 @@ def main(argv=None):
         result = args.run(args)
     except OSError as error:
         raise UserError(f'{error.filename}: {error.strerror}') from error
+    for folder in (getattr(args, key, None) for key in ('hr', 'images', 'gt', 'lq')):
+        told = not_searched(folder).removeprefix('; ') if folder else ''
+        if told:
+            print(f'{folder}: {told}')
     for what, names in result.lost.items():
         print(f'{what}: {some(names)}')
     for problem in result.problems:
@@ -203,13 +208,14 @@ def _template(text):
 
 def make_lmdb(args):
     """``lmdb``: a folder as BasicSR's LMDB."""
-    keys = {_key(stem, args): os.path.join(args.images, name) for stem, name in stems_of(args.images).items()}
+    result = Result()
+    stems = stems_of(args.images, result.problems)
+    keys = {_key(stem, args): os.path.join(args.images, name) for stem, name in stems.items()}
     refuse_inside([args.out], [args.images])
     settings = () if args.level == lmdb_maker.LEVEL else (args.level,)
     stamps = {key: jobs.stamp(path, *settings) for key, path in keys.items()}
-    if lmdb_maker.is_made(args.out, stamps):
+    if not result.problems and lmdb_maker.is_made(args.out, stamps):
         return Result(f'{args.out}: {len(keys)} images, was ready')
-    result = Result()
     todo = [(key, path, args.level) for key, path in keys.items()]
     encoded = jobs.run(_encode, todo, args.workers, args.command)
     count = lmdb_maker.write(args.out, _fit(encoded, result), stamps, result.problems, args.level)

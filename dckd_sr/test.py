@@ -24,7 +24,7 @@ from basicsr.utils.options import dict2str
 from dckd_sr import checkpoint, logs, option_keys, options, processes, sources
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
-from dckd_sr.errors import UserError, entry_point, reason
+from dckd_sr.errors import SeveralErrors, UserError, entry_point, reason
 from dckd_sr.evaluation import bicubic, evaluate, format_table, format_value, write_results
 from dckd_sr.inference import VAL_KEYS
 from dckd_sr.speed import Speed
@@ -172,8 +172,7 @@ def split_sets(datasets):
             why = '; '.join(dict.fromkeys(datasets[key]['missing'].split('; ')))
             missing[key] = f'{datasets[key].get("name", key)} is skipped: {why}'
     if not found:
-        separator = ': ' if len(missing) == 1 else '\n  '
-        raise UserError(separator.join(['there is no set to test on', *missing.values()]))
+        raise SeveralErrors(missing.values(), 'there is no set to test on')
     return found, missing
 
 
@@ -251,6 +250,11 @@ def _about(opt, results, metrics, missing, sizes):
         arguments = ', '.join(f'{key} {value}' for key, value in metric_opt.items() if key != 'type')
         lines.append(f'{name}: {metric_opt["type"]}' + (f' ({arguments})' if arguments else ''))
     lines += [f'{key}: {value}' for key, value in sizes.items() if value]
+    tested = [opt['datasets'][key] for key in split_sets(opt['datasets'])[0]]
+    made = [block for block in tested if block.get('type') == 'SRImageDataset' and not block.get('dataroot_lq')]
+    if made and opt.get('scale', 1) > 1:
+        names = ', '.join(block.get('name', '') for block in made)
+        lines.append(f"LR made from HR, as MATLAB's imresize: {names}")
     if missing:
         lines.append('not there: ' + ', '.join(opt['datasets'][key].get('name', key) for key in missing))
     return lines

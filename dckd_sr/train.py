@@ -6,6 +6,7 @@ import datetime
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,6 +34,7 @@ from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import bicubic, evaluate
 
+NEED_GPU = ('RealESRNetModel', 'RealESRGANModel')  # of BasicSR
 PATIENCE = 10  # iterations in a row that may be left out with train.on_nonfinite: skip
 
 
@@ -288,11 +290,18 @@ def last_checkpoint(opt):
 
 def build(opt):
     """BasicSR's build_model; arguments that a network, loss or optimiser refuses are the user's, not ours."""
+    has_gpu = torch.cuda.is_available()
+    if opt['model_type'] in NEED_GPU and (opt['num_gpu'] == 0 or not has_gpu):
+        why = 'num_gpu is 0' if has_gpu else 'there is none that torch can use'
+        raise UserError(f'{opt["model_type"]} needs a GPU, where it makes its training images; {why}')
     try:
         return build_model(opt)
     except UserError:
         raise
     except Exception as error:
+        # Models that call .cuda() whatever the options say.
+        if not has_gpu and re.search('not compiled with CUDA|NVIDIA driver|No CUDA GPU', str(error)):
+            raise UserError(f'{opt["model_type"]} needs a GPU: {reason(error)}') from error
         raise UserError(f'{opt["model_type"]} cannot be built from these options: {reason(error)}') from error
 
 

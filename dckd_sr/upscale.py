@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dckd_sr import checkpoint, pictures
 from dckd_sr.commands import Parser
+from dckd_sr.data.files import not_searched
 from dckd_sr.errors import UserError, entry_point, looked_in, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.model_files import Model, load
@@ -123,7 +124,10 @@ def _images(sources):
                 f'{source} is a folder; expected it alone, or images: the outputs of a folder get their own'
             )
     if sources[0].is_dir():
-        return pictures.list_folder(sources[0])
+        images, told = pictures.list_folder(sources[0]), not_searched(sources[0]).removeprefix('; ')
+        if told:
+            print(f'{sources[0]}: {told}')
+        return images
     return list({source.resolve(): source for source in sources}.values())
 
 

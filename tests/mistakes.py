@@ -302,6 +302,37 @@ def _(run):
     run.data['dataroot_gt'] = 'none'
 
 
+@mistake('images in sub-folders only')
+def _(run):
+    Path('sub').mkdir()
+    shutil.copytree('HR', 'sub/HR')
+    run.data['dataroot_gt'] = 'sub'
+
+
+@mistake('LQ of another suffix than GT')
+def _(run):
+    Path('JPEG').mkdir()
+    for file in Path('LR').iterdir():
+        cv2.imwrite(f'JPEG/{file.stem}.jpg', cv2.imread(str(file)))
+    run.data['dataroot_lq'] = 'JPEG'
+
+
+@mistake('an LMDB whose keys have a suffix')
+def _(run):
+    Path('LRx2').mkdir()
+    for file in Path('LR').iterdir():
+        shutil.copy(file, f'LRx2/{file.stem}x2.png')
+    for folder in ('HR', 'LRx2'):
+        assert prepare.main(['lmdb', folder, f'{folder}.lmdb', '--workers', '1']) == 0
+    run.data.update(dataroot_gt='HR.lmdb', dataroot_lq='LRx2.lmdb', io_backend={'type': 'lmdb'})
+
+
+@mistake('a damaged image, with `datasets.train.check_images`')
+def _(run):
+    run.data['check_images'] = True
+    cut('HR/1.png')
+
+
 @mistake('a GT image without LQ')
 def _(run):
     Path('LR/2.png').unlink()
@@ -780,6 +811,17 @@ both(
         folder / '1.webp', save_all=True, append_images=[Image.new('RGB', (size, size))]
     ),
 )
+
+
+@works('validation images too small for NIQE')
+def _(run):
+    run.opt['val']['metrics']['niqe'] = {'type': 'calculate_niqe', 'crop_border': 2}
+
+
+@works('a test set whose bicubic LR folder is not there')
+def _(run):
+    run.becomes_test()
+    run.opt['datasets']['val_1'].update(type='SRImageDataset', dataroot_lq='LR_bicubic/X2')
 
 
 @works('CMYK JPEG')

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from option_files import DDCONFIG, VQGAN, dckd, esrgan, load, make_files, problems_of, vqgan
 
-from dckd_sr import option_checks, option_keys, options
+from dckd_sr import option_checks, option_files, option_keys, options
 from dckd_sr.archs import vqgan_arch
 
 
@@ -593,6 +593,43 @@ class TestDatasets:
             == f'datasets.test_2.dataroot_gt = none/here: no such folder in {Path.cwd()}'
         )
         assert warnings == [f'{opt["datasets"]["test_2"]["missing"]}; skipped']
+
+    def test_bicubic_lr_that_is_not_there_is_made_from_hr_in_every_file_that_ships(self):
+        sets = ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')
+        for name in sets:
+            Path('datasets', name, 'HR').mkdir(parents=True)
+        files = sorted((Path(__file__).resolve().parents[1] / 'options').glob('test_*_x?.yml'))
+        assert len(files) >= 9
+        for file in files:
+            opt = option_files.read(str(file)).options
+            loaded, warnings = load(opt, 'path:pretrain_network_g=teacher.pth', is_train=False)
+            blocks = loaded['datasets'].values()
+            assert {block['name'] for block in blocks} == set(sets)
+            assert not any('missing' in block or 'dataroot_lq' in block for block in blocks), file
+            made = [line for line in warnings if "LR is made from HR, as MATLAB's imresize" in line]
+            assert len(made) == len(blocks), file
+            assert made[0].startswith('datasets.test_1.dataroot_lq = datasets/Set5/LR_bicubic/X')
+
+    def test_other_lq_that_is_not_there_is_no_reason_to_make_another(self):
+        Path('B100/HR').mkdir(parents=True)
+        block = {'name': 'B100', 'type': 'SRImageDataset', 'dataroot_gt': 'B100/HR'}
+        for change in (
+            {'dataroot_lq': 'B100/LR_unknown/X2'},
+            {'dataroot_lq': 'B100/LR_bicubic', 'type': 'PairedImageDataset'},
+            {'dataroot_lq': 'B100/LR_bicubic', 'dataroot_gt': 'none'},
+        ):
+            opt = {**dckd(), 'datasets': {'test_1': {**block, **change}}}
+            loaded, _ = load(opt, 'path:pretrain_network_g=teacher.pth', is_train=False)
+            assert 'missing' in loaded['datasets']['test_1']
+
+    def test_subfolders_that_are_not_searched(self):
+        Path('HR2/more').mkdir(parents=True)
+        Path('HR2/more/a.png').touch()
+        told = 'datasets.train.dataroot_gt = HR2: sub-folders are not searched: more'
+        assert told in load(dckd(), 'datasets:train:dataroot_gt=HR2')[1]
+        Path('list.txt').write_text('more/a.png\n')
+        listed = load(dckd(), 'datasets:train:dataroot_gt=HR2', 'datasets:train:meta_info_file=list.txt')
+        assert told not in listed[1]
 
     def test_sets_of_the_other_kind(self):
         opt = dckd()

@@ -1,5 +1,6 @@
 """Data preparation: what is written equals MATLAB's LR and BasicSR's names, sources stay, a second run continues."""
 
+import copy
 import http.server
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from dckd_sr import prepare
 from dckd_sr.data import downloads, jobs
 from dckd_sr.data.files import read_lmdb
 from dckd_sr.data.sr_image_dataset import SRImageDataset
+from dckd_sr.errors import UserError
 from dckd_sr.ops.resize import imresize
 
 REAL = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'Set5'
@@ -225,10 +227,35 @@ def test_mistakes(hr, capsys, args, said):
     assert state('.') == before
 
 
-def test_two_images_of_one_name(hr, capsys):
+def test_two_images_of_one_name_are_left_out_and_the_others_go_on(hr, capsys):
     save(hr / 'a.jpg', photo(48, 48))
-    run('sr', hr, 'out', code=2)
-    assert 'two images of one name: a.jpg and a.png' in capsys.readouterr().err
+    said = f'{hr} has two images of one name: a.jpg and a.png; they are left out'
+    run('sr', hr, 'out', '--scales', 2, code=1)
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [said] and printed.out == 'out: LR at x2 of 2 images; 1 problem\n'
+    assert sorted(path.name for path in Path('out/HR').iterdir()) == ['b.v2.png', 'ünï 画.png']
+    run('check', hr, code=1)
+    assert capsys.readouterr().out.splitlines() == [said, '2 images checked: 1 problems']
+    run('check', 'out/HR', hr, code=1)
+    assert said in capsys.readouterr().out
+    run('subimages', hr, 'sub', '--size', 24, '--step', 24, code=1)
+    assert said in capsys.readouterr().err and len(list(Path('sub').glob('*.png'))) > 2
+    run('lmdb', hr, 'a.lmdb', code=1)
+    assert said in capsys.readouterr().err and not Path('a.lmdb').exists()
+    for name in ('b.v2.png', 'ünï 画.png'):
+        (hr / name).unlink()
+    run('sr', hr, 'other', code=2)
+    assert 'two images of one name: a.jpg and a.png, and none that has' in capsys.readouterr().err
+
+
+def test_subfolders_that_are_not_searched_are_told(hr, capsys):
+    save(hr / 'more' / 'c.png', photo(48, 48))
+    (hr / 'empty').mkdir()
+    save(hr / '.hidden' / 'c.png', photo(48, 48))
+    run('check', hr)
+    assert capsys.readouterr().out.splitlines()[0] == f'{hr}: sub-folders are not searched: more'
+    run('sr', hr.parent, 'out', code=2)
+    assert capsys.readouterr().err.endswith('; sub-folders are not searched: in)\n')
 
 
 def test_out_is_a_file(hr, capsys):
@@ -338,11 +365,26 @@ def test_subimages_name_what_does_not_fit(tmp_path, capsys):
     run('subimages', 'HR', 'sub', '--lr', 'LR', '--size', 60, '--step', 20, code=1)
     assert capsys.readouterr().err.splitlines() == [
         'sizes do not match at scale 2: HR/big.png is 80x80, LR/X2/bigx2.png is 39x40 (expected 40x40)',
-        'too small: HR/small.png is 80x40, a crop is 60x60',
+        'too small, left out: 1 of 2 images are smaller than a crop, 60x60, such as HR/small.png (80x40): '
+        '--size 40 takes all',
     ]
     Path('LR/X2/bigx2.png').unlink()
     run('subimages', 'HR', 'sub', '--lr', 'LR', '--size', 60, '--step', 20, code=2)
     assert 'LR/X2 lacks 1 images of HR: bigx2' in capsys.readouterr().err
+
+
+def test_subimages_of_images_below_the_crop_are_one_line(tmp_path, capsys):
+    for seed in range(5):
+        save(f'HR/{seed}.png', photo(46 + seed, 60, seed))
+        save(f'LR/X4/{seed}x4.png', photo((46 + seed) // 4, 15, seed))
+    run('subimages', 'HR', 'sub', '--lr', 'LR', code=2)
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        'error: 5 of 5 images are smaller than a crop, 480x480, such as HR/0.png (60x46): --size 44 --step 20 takes all'
+    ]
+    assert not Path('sub').exists() and not Path('LR/X4_sub').exists()
+    run('subimages', 'HR', 'sub', '--lr', 'LR', '--size', 44, '--step', 20)  # as it says
+    assert len({path.name.split('_')[0] for path in Path('sub').glob('*.png')}) == 5
 
 
 # -------------------------------------------------------------------------------------------------------------- lmdb
@@ -369,6 +411,30 @@ def test_lmdb_is_read_by_basicsr_and_by_us(hr, capsys):
     assert state('GT.lmdb') == before and 'was ready' in capsys.readouterr().out
     run('lmdb', 'set/LRbicx2', 'GT.lmdb', code=2)
     assert 'exists and was made of other images' in capsys.readouterr().err and state('GT.lmdb') == before
+
+
+def test_lmdbs_of_other_keys_name_the_command_that_makes_them_equal(hr, capsys):
+    run('sr', hr, 'set', '--scales', 2)
+    run('lmdb', 'set/HR', 'GT.lmdb')
+    run('lmdb', 'set/LR_bicubic/X2', 'LR.lmdb')
+    cure = "python -m dckd_sr.prepare lmdb FOLDER LR.lmdb --filename_tmpl '{}x2'"
+    folders = {'dataroot_gt': 'GT.lmdb', 'dataroot_lq': 'LR.lmdb', 'io_backend': {'type': 'lmdb'}}
+    options = {'phase': 'val', 'scale': 2, **folders}
+    for kind in (PairedImageDataset, SRImageDataset):
+        with pytest.raises(UserError) as caught:
+            kind(copy.deepcopy(options))
+        assert cure in str(caught.value)
+    capsys.readouterr()
+    run('check', 'GT.lmdb', 'LR.lmdb', '--scale', 2, code=2)
+    assert cure in capsys.readouterr().err
+    run('check', 'set/HR', 'set/LR_bicubic/X2', '--scale', 2, code=2)
+    assert capsys.readouterr().err.endswith("such as a; --filename_tmpl '{}x2'?\n")
+    run('lmdb', 'set/LR_bicubic/X2', 'LR2.lmdb', '--filename_tmpl', '{}x2')  # as it says
+    run('check', 'GT.lmdb', 'LR2.lmdb', '--scale', 2)
+    (Path('set') / 'LR_bicubic' / 'X2' / 'ax2.png').rename('elsewhere.png')
+    run('lmdb', 'set/LR_bicubic/X2', 'LR3.lmdb', '--filename_tmpl', '{}x2')
+    with pytest.raises(UserError, match='LR3.lmdb and GT.lmdb have different keys: a$'):
+        SRImageDataset({**options, 'dataroot_lq': 'LR3.lmdb'})
 
 
 def test_lmdb_keys_of_lr_names(tmp_path):

@@ -223,6 +223,23 @@ def test_missing_sets_are_skipped_until_none_is_left(opt, capsys):
     assert not Path('results/none').exists()
 
 
+def test_lr_that_is_not_there_is_made_from_hr_and_that_is_told(opt, capsys):
+    Path('Photos/LR_bicubic').mkdir()
+    Path('Photos/LR').rename('Photos/LR_bicubic/X2')
+    opt['datasets']['test_1'].update(type='SRImageDataset', dataroot_lq='Photos/LR_bicubic/X2')
+    assert run(opt) == 0
+    expected = means()[0]['student']
+    for file in Path('Photos/LR_bicubic/X2').iterdir():
+        file.unlink()
+    Path('Photos/LR_bicubic/X2').rmdir()
+    capsys.readouterr()
+    assert run(opt) == 0
+    assert means()[0]['student'] == expected
+    said = 'datasets.test_1.dataroot_lq = Photos/LR_bicubic/X2: no such folder'
+    assert f'{said} in {Path.cwd()}; LR is made from HR' in capsys.readouterr().out
+    assert "- LR made from HR, as MATLAB's imresize: Photos, Cuts\n" in Path('results/run/results.md').read_text()
+
+
 def test_which_weights_are_used(opt, capsys):
     save_weights('student.pth', seed=3, keys=('params', 'params_ema'))
     for extra, key in (([], 'params_ema'), (['--force_yml', 'path:param_key_g=params'], 'params')):

@@ -14,6 +14,7 @@ import yaml
 from small_run import dckd_run, write
 
 from dckd_sr import locks, logs, train
+from dckd_sr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +57,20 @@ def test_auto_resume_continues_the_same_run(opt):
     assert train.main(['-opt', write(opt), '--auto_resume']) == 0
     assert same(whole, weights('cut', 4))
     assert len(list(Path('experiments').iterdir())) == 2  # nothing was moved aside
+
+
+@pytest.mark.parametrize(
+    'model, has_gpu', [('RealESRNetModel', False), ('RealESRGANModel', True), ('TheirModel', False)]
+)
+def test_models_that_need_a_gpu_say_so(model, has_gpu, monkeypatch):
+    def build_model(opt):
+        raise AssertionError('Torch not compiled with CUDA enabled')
+
+    monkeypatch.setattr(train, 'build_model', build_model)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    with pytest.raises(UserError, match=f'^{model} needs a GPU') as caught:
+        train.build({'model_type': model, 'num_gpu': 0})
+    assert ('num_gpu is 0' in str(caught.value)) == has_gpu
 
 
 def test_a_second_run_moves_the_first_aside(opt):

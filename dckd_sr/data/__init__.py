@@ -12,7 +12,7 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from dckd_sr.data import pair_sizes, repairs, teacher_cache
+from dckd_sr.data import pair_sizes, pairs, repairs, teacher_cache
 from dckd_sr.data.sampler import Stage, TrainSampler
 from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, reason
@@ -60,6 +60,8 @@ def build_train_loader(
     dataset = _build('train', options)
     if len(dataset) == 0:
         raise UserError(f'datasets.train ({options["name"]}) has no images')
+    if options.get('check_images') and rank == 0:
+        pairs.check_dataset(dataset, options)
     if options.get('teacher_cache'):
         teacher_cache.check(opt, dataset)
     stages = _stages(options, batch_size)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dckd_sr.data import decoding
 from dckd_sr.data.decoding import SUFFIXES
 from dckd_sr.errors import UserError, looked_in
+
+_SHOWN = 3  # names in a message
 
 
 def image_names(folder: str) -> list[str]:
@@ -29,8 +32,23 @@ def image_names(folder: str) -> list[str]:
         raise UserError(f'links that lead nowhere: {", ".join(dangling[:3])}')
     names = sorted(e.name for e in entries if e.is_file())
     if not names:
-        raise UserError(f'no images in {folder} (looked for {", ".join(SUFFIXES)})')
+        raise UserError(f'no images in {folder} (looked for {", ".join(SUFFIXES)}{not_searched(folder)})')
     return names
+
+
+def not_searched(folder: str | os.PathLike) -> str:
+    """'; sub-folders are not searched: a, b' where a folder has some with images in or below them; else ''."""
+    names = []
+    with contextlib.suppress(OSError):
+        names = [
+            e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.') and _has_images(e.path)
+        ]
+    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+    return f'; sub-folders are not searched: {", ".join(sorted(names)[:_SHOWN])}{more}' if names else ''
+
+
+def _has_images(folder):
+    return any(name.lower().endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
 
 
 def meta_info_names(meta_info_file: str, folder: str) -> list[str]:
@@ -152,21 +170,62 @@ def find_partners(
             missing.append(wanted + suffix)
     if missing:
         more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+        hint = other_template(gt_names, by_stem, template)
+        hint = f" (filename_tmpl: '{hint}'?)" if hint else other_suffix(missing[0], by_stem)
         raise UserError(
             f'no LQ image for {len(missing)} of {len(gt_names)} GT images in {lq_folder}: '
-            f'{", ".join(missing[:3])}{more}{_other_template(gt_names, by_stem, template)}'
+            f'{", ".join(missing[:3])}{more}{hint}'
         )
     used = set(pairs.values())
     return pairs, [name for name in present if name not in used]
 
 
-def _other_template(gt_names, lq_stems, template):
-    """Suggest the template that would match the first GT image, such as '{}x4'."""
-    stem = os.path.splitext(os.path.basename(gt_names[0]))[0]
+def other_template(gt_names: Iterable[str], lq_stems: Iterable[str], template: str = '{}') -> str | None:
+    """The template that matches the first GT image instead, such as '{}x4', or None.
+
+    Args:
+        gt_names: file names, or keys of an LMDB.
+        lq_stems: names without suffix.
+        template: the one that does not match.
+    """
+    stem = os.path.splitext(os.path.basename(next(iter(gt_names))))[0]
     # Sorted by length: for GT "img_1" both "img_1x4" and "img_10x4" contain the stem.
     found = min((s for s in lq_stems if stem in s), key=len, default=None)
     suggestion = found.replace(stem, '{}', 1) if found else template
-    return f" (filename_tmpl: '{suggestion}'?)" if suggestion != template else ''
+    return suggestion if suggestion != template else None
+
+
+def other_suffix(missing: str, by_stem: Mapping[str, str]) -> str:
+    """A hint where a file is there under another suffix (or the same in capitals), and what pairs the two; or ''."""
+    found = by_stem.get(os.path.splitext(missing)[0])
+    if found is None:
+        return ''
+    return f' ({found} is there; type: SRImageDataset, or Dataset_PairedImage at scale 1, pairs files of any suffix)'
+
+
+def listed_but_missing(paths: Sequence[str], meta_info_file: str) -> str:
+    """A message about files of a list that are not there."""
+    folder, name = os.path.split(paths[0])
+    present = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    by_stem = {os.path.splitext(other)[0]: other for other in present if other.lower().endswith(SUFFIXES)}
+    return (
+        f'{len(paths)} images listed in {meta_info_file} are missing: {", ".join(paths[:_SHOWN])}'
+        f'{other_suffix(name, by_stem)}'
+    )
+
+
+def lmdb_difference(gt_folder: str, lq_folder: str, gt_keys: Sequence[str], lq_keys: Sequence[str]) -> str:
+    """A message about two LMDBs of which LQ lacks keys of GT, with the command that makes them equal where it shows."""
+    differing = sorted(set(lq_keys) ^ set(gt_keys))
+    text = f'{lq_folder} and {gt_folder} have different keys: {", ".join(differing[:_SHOWN])}'
+    lacking, template = sorted(set(gt_keys) - set(lq_keys)), None
+    template = other_template(lacking, lq_keys) if lacking else None
+    if template is None or any(template.format(key) not in lq_keys for key in lacking[:100]):
+        return text
+    return (
+        f"{text}; those of LQ are named '{template}': make it anew, python -m dckd_sr.prepare lmdb FOLDER {lq_folder} "
+        f"--filename_tmpl '{template}'"
+    )
 
 
 def read_bytes(path: str) -> bytes:

@@ -42,8 +42,8 @@ class SRJob:
 
 def make_sr(args):
     """``sr``: LR images, and the HR images beside them."""
-    stems, out, scales = stems_of(args.hr), args.out, sorted(set(args.scales))
-    crop = 1
+    out, scales, alike, crop = args.out, sorted(set(args.scales)), [], 1
+    stems = stems_of(args.hr, alike)
     if args.layout == 'basicsr':
         crop = math.lcm(12, *scales)
         hr_folder, lr_folders, template = f'GTmod{crop}', {s: f'LRbicx{s}' for s in scales}, '{}'
@@ -62,9 +62,9 @@ def make_sr(args):
         todo.append(SRJob(f'{path} {args.layout} {scales}', path, hr_out, crop, lr_out, args.convention, args.copy))
         stamps[todo[-1].key] = jobs.stamp(path, args.convention)
     result, ready = run_jobs(_sr, todo, args, record, stamps)
+    done, result.problems = len(todo) - len(result.problems), sorted([*result.problems, *alike])
     result.summary = (
-        f'{out}: LR at {", ".join(f"x{s}" for s in scales)} of {len(todo) - len(result.problems)} images'
-        f'{ready_text(ready)}{unfit_text(result)}'
+        f'{out}: LR at {", ".join(f"x{s}" for s in scales)} of {done} images{ready_text(ready)}{unfit_text(result)}'
     )
     return result
 
@@ -114,11 +114,12 @@ def make_subimages(args):
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             raise UserError(f'--{name} {value} is no multiple of {multiple} (scales {scales}): {near} is')
-    stems = stems_of(args.images)
+    left_out = []
+    stems = stems_of(args.images, left_out)
     folders, sources = {1: args.out}, {stem: {1: os.path.join(args.images, name)} for stem, name in stems.items()}
     for scale in scales:
         folders[scale] = os.path.join(args.lr_out or args.lr, f'X{scale}_sub')
-        low = stems_of(os.path.join(args.lr, f'X{scale}'))
+        low = stems_of(os.path.join(args.lr, f'X{scale}'), left_out)
         template = args.filename_tmpl or f'{{}}x{scale}'
         missing = [template.format(stem) for stem in stems if template.format(stem) not in low]
         if missing:
@@ -127,6 +128,7 @@ def make_subimages(args):
             sources[stem][scale] = os.path.join(args.lr, f'X{scale}', low[template.format(stem)])
     refuse_inside(folders.values(), [args.images, *(os.path.join(args.lr, f'X{s}') for s in scales)])
 
+    left_out += _leave_out_small(sources, multiple, args)
     todo, stamps, record = [], {}, jobs.Record(args.out)
     for stem, paths in sources.items():
         job = CropJob(f'{paths[1]} {scales}', paths[1], stem, paths, folders, args.size, args.step, args.thresh)
@@ -135,11 +137,37 @@ def make_subimages(args):
         stamps[job.key].append([args.size, args.step, args.thresh])
     result, ready = run_jobs(_subimages, todo, args, record, stamps)
     count = sum(len(record.files(job.key)) for job in todo) // len(folders)
+    done, result.problems = len(todo) - len(result.problems), sorted([*result.problems, *left_out])
     result.summary = (
-        f'{", ".join(folders.values())}: {count} crops each of {len(todo) - len(result.problems)} images'
-        f'{ready_text(ready)}{unfit_text(result)}'
+        f'{", ".join(folders.values())}: {count} crops each of {done} images{ready_text(ready)}{unfit_text(result)}'
     )
     return result
+
+
+def _leave_out_small(sources, multiple, args):
+    """Take the images out that no crop fits in, as their headers say; returns one line about all of them.
+
+    Raises:
+        UserError: there would be none left.
+    """
+    sizes = {stem: pair_sizes.header_size('', paths[1]) for stem, paths in sources.items()}
+    sides = {stem: min(size) // multiple * multiple for stem, size in sizes.items() if size}
+    small = {stem: side for stem, side in sides.items() if side < args.size}
+    if not small:
+        return []
+    first, least = min(small, key=small.get), min(small.values())
+    (height, width), path = sizes[first], sources[first][1]
+    text = f'{len(small)} of {len(sources)} images are smaller than a crop, {args.size}x{args.size}'
+    text += f', such as {path} ({width}x{height})'
+    if least:
+        text += f': --size {least}'
+        text += f' --step {max(multiple, least // 2 // multiple * multiple)}' if args.step > least else ''
+        text += ' takes all'
+    if len(small) == len(sources):
+        raise UserError(text)
+    for stem in small:
+        del sources[stem]
+    return [f'too small, left out: {text}']
 
 
 def _lr_scales(args):

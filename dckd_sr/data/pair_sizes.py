@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def check_headers(dataset: Dataset) -> None:
         UserError: pairs that do not belong together, or one that cannot be read; the message names set, folders and
             files.
     """
-    found = [_problem(*pair, dataset.opt.get('scale', 1)) for pair in _pairs(dataset)]
+    found = [_problem(*pair, dataset.opt.get('scale', 1)) for pair in pairs_of(dataset)]
     problems, count = [problem for problem in found if problem], len(found)
     if problems:
         more = f'; and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
@@ -78,7 +78,7 @@ def check_headers(dataset: Dataset) -> None:
         raise UserError(f'dataset {dataset.opt.get("name")}:{of} {"; ".join(problems[:_SHOWN])}{more}')
 
 
-def _pairs(dataset):
+def pairs_of(dataset: Dataset) -> Iterable[tuple[tuple[str, str], tuple[str, str]]]:
     """`pairs_of_files` of a dataset whose samples are read by the class that has it; else nothing."""
     dataset = getattr(dataset, 'dataset', dataset)  # within a SeededDataset
     reader = next((cls for cls in type(dataset).__mro__ if '__getitem__' in vars(cls)), object)
@@ -95,7 +95,7 @@ def pairs_of_files(dataset: Any) -> Iterator[tuple[tuple[str, str], tuple[str, s
 
 def _problem(gt, lq, scale):
     """What is wrong with a pair of files, or None."""
-    sizes = _header_size(*gt), _header_size(*lq)
+    sizes = header_size(*gt), header_size(*lq)
     if None not in sizes and belongs(*sizes, scale):
         return None
     try:
@@ -105,8 +105,12 @@ def _problem(gt, lq, scale):
         return str(error)
 
 
-def _header_size(folder, name):
-    """(height, width) that a file's header states, or None."""
+def header_size(folder: str, name: str) -> tuple[int, int] | None:
+    """(height, width) that a file's header states, before the picture is turned upright, or None.
+
+    Args:
+        folder: an LMDB, in which ``name`` is a key, or ''.
+    """
     content = io.BytesIO(view_lmdb(folder, name)) if folder else name
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of Pillow: odd EXIF

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from dckd_sr import locks
 from dckd_sr.data import jobs, pair_sizes
 from dckd_sr.data.decoding import decode
-from dckd_sr.data.files import lmdb_keys, read_bytes, read_lmdb
+from dckd_sr.data.files import lmdb_difference, lmdb_keys, other_template, read_bytes, read_lmdb
 from dckd_sr.data.preparing import Result, pixels_of, refuse_inside, stems_of, unfit_text
-from dckd_sr.errors import UserError, looked_in
+from dckd_sr.errors import SeveralErrors, UserError, looked_in
 
 RAIN_TEST_SETS = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
 
@@ -23,7 +23,7 @@ def make_pairs(args):
     groups = (_gopro if args.dataset == 'gopro' else _rain13k)(args.source)
     result, todo, counts = Result(), [], {}
     for target, prefix, lq_folder, gt_folder in groups:
-        low, high = stems_of(lq_folder), stems_of(gt_folder)
+        low, high = stems_of(lq_folder, result.problems), stems_of(gt_folder, result.problems)
         for stem in sorted(set(low) ^ set(high)):
             have, lack = (lq_folder, gt_folder) if stem in low else (gt_folder, lq_folder)
             result.problems.append(f'unpaired: {have}/{(low if stem in low else high)[stem]} is not in {lack}')
@@ -96,12 +96,15 @@ class CheckJob:
 
 def check(args):
     """``check``: everything that training would stumble over, at once."""
-    high = _entries(args.gt)
-    low = _entries(args.lq) if args.lq else {}
+    result = Result()
+    high = _entries(args.gt, result.problems)
+    low = _entries(args.lq, result.problems) if args.lq else {}
     if not args.lq and args.filename_tmpl != '{}':
         raise UserError('--filename_tmpl needs LQ')
     is_lmdb = args.gt.endswith('.lmdb')
-    result, todo, used = Result(), [], set()
+    todo, used = [], set()
+    if args.lq and not any((stem if is_lmdb else args.filename_tmpl.format(stem)) in low for stem in high):
+        raise UserError(_no_pair(args, high, low, is_lmdb))
     for stem, name in high.items():
         wanted = stem if is_lmdb else args.filename_tmpl.format(stem)
         partner = (args.lq, low[wanted]) if wanted in low else None
@@ -122,10 +125,46 @@ def check(args):
     return result
 
 
-def _entries(folder):
+def check_dataset(dataset, opt):
+    """``datasets.train.check_images``: all training images at once.
+
+    Args:
+        dataset: any dataset with ``paths``.
+        opt: its options, for the crop.
+
+    Raises:
+        SeveralErrors: some are unfit.
+    """
+    pairs = list(pair_sizes.pairs_of(dataset))
+    if not pairs:
+        entries = getattr(dataset, 'paths', None) or ()
+        paths = dict.fromkeys(str(path) for e in entries for path in (e.values() if isinstance(e, dict) else [e]))
+        in_lmdb = (opt.get('io_backend') or {}).get('type') == 'lmdb'
+        folder = (opt.get('dataroot_gt') or opt.get('dataroot_lq')) if in_lmdb else ''
+        pairs = [((folder, path), None) for path in paths]
+    crop = max([opt.get('gt_size') or 1, *(opt.get('gt_sizes') or [])])
+    if not hasattr(dataset, 'pairs_of_files') or getattr(dataset, 'pads', False):
+        crop = 1  # it makes its patches in its own way
+    todo = [CheckJob(gt, lq, opt.get('scale', 1), crop) for gt, lq in pairs]
+    found = [line for problems, *_ in jobs.run(_check, todo, jobs.cores(), 'check_images') for line in problems]
+    if found:
+        raise SeveralErrors(sorted(found), 'datasets.train.check_images')
+
+
+def _no_pair(args, high, low, is_lmdb):
+    """One line for the whole folder, where no image has a partner."""
+    if is_lmdb:
+        return lmdb_difference(args.gt, args.lq, list(high), list(low))
+    template = other_template(high.values(), low, args.filename_tmpl)
+    hint = f"; --filename_tmpl '{template}'?" if template else ''
+    wanted = args.filename_tmpl.format(next(iter(high)))
+    return f'none of {len(high)} images in {args.gt} has a partner in {args.lq}, such as {wanted}{hint}'
+
+
+def _entries(folder, problems):
     if folder.endswith('.lmdb'):
         return {key: key for key in lmdb_keys(folder)}
-    return stems_of(folder)
+    return stems_of(folder, problems)
 
 
 def _check(job):

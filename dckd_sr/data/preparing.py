@@ -59,19 +59,25 @@ def pixels_of(image: Decoded, path: str) -> tuple[np.ndarray, list[tuple[str, st
     return np.ascontiguousarray(image.pixels), lost
 
 
-def stems_of(folder: str) -> dict[str, str]:
+def stems_of(folder: str, problems: list[str]) -> dict[str, str]:
     """{name without suffix: name} of a folder's images; outputs are named after the first.
 
+    Args:
+        problems: grows by a line for each name that several images have (a.png and a.jpg), which are all left out.
+
     Raises:
-        UserError: no folder, no images, or two of one name (a.png and a.jpg).
+        UserError: no folder, no images, or none that has a name of its own.
     """
     stems = {}
     for name in image_names(folder):
-        stem = os.path.splitext(name)[0]
-        if stem in stems:
-            raise UserError(f'{folder} has two images of one name: {stems[stem]} and {name}')
-        stems[stem] = name
-    return stems
+        stems.setdefault(os.path.splitext(name)[0], []).append(name)
+    alike = [names for names in stems.values() if len(names) > 1]
+    told = [f'{folder} has {"two" if len(names) == 2 else len(names)} images of one name: ' for names in alike]
+    told = [f'{text}{", ".join(names[:-1])} and {names[-1]}' for text, names in zip(told, alike)]
+    if alike and len(alike) == len(stems):
+        raise UserError(f'{told[0]}, and none that has a name of its own')
+    problems += [f'{text}; they are left out' for text in told]
+    return {stem: names[0] for stem, names in stems.items() if len(names) == 1}
 
 
 def refuse_inside(outputs: Iterable[str], sources: Iterable[str]) -> None:

@@ -25,7 +25,16 @@ from basicsr.utils.file_client import HardDiskBackend, LmdbBackend
 from torchvision.transforms.functional import normalize
 
 from dckd_sr.data import decoding, pair_sizes
-from dckd_sr.data.files import decode, find_partners, image_names, lmdb_keys, meta_info_names, view_lmdb
+from dckd_sr.data.files import (
+    decode,
+    find_partners,
+    image_names,
+    listed_but_missing,
+    lmdb_difference,
+    lmdb_keys,
+    meta_info_names,
+    view_lmdb,
+)
 from dckd_sr.errors import UserError
 
 _DATASETS = (ffhq_dataset, paired_image_dataset, realesrgan_dataset, realesrgan_paired_dataset, single_image_dataset)
@@ -78,7 +87,7 @@ def paired_paths_from_meta_info_file(folders, keys, meta_info_file, filename_tmp
         paths.append(_pair(keys, lq_path, os.path.join(gt_folder, name)))
     missing = [path for pair in paths for path in pair.values() if not os.path.isfile(path)]
     if missing:
-        raise UserError(f'{len(missing)} images listed in {meta_info_file} are missing: {", ".join(missing[:3])}')
+        raise UserError(listed_but_missing(missing, meta_info_file))
     return paths
 
 
@@ -87,8 +96,7 @@ def paired_paths_from_lmdb(folders, keys):
     lq_folder, gt_folder = folders
     lq_keys, gt_keys = lmdb_keys(lq_folder), lmdb_keys(gt_folder)
     if lq_keys != gt_keys:
-        differing = sorted(set(lq_keys) ^ set(gt_keys))
-        raise UserError(f'{lq_folder} and {gt_folder} have different keys: {", ".join(differing[:3])}')
+        raise UserError(lmdb_difference(gt_folder, lq_folder, gt_keys, lq_keys))
     return [_pair(keys, key, key) for key in gt_keys]
 
 

@@ -38,6 +38,7 @@ class Dataset_PairedImage(SRImageDataset):
     """
 
     draws_from_numpy = False
+    pads = True  # what is smaller than the crop
 
     def _crop(self, gts, lq, paths):
         below, right = (max(0, self.gt_size - side) for side in lq.shape[:2])

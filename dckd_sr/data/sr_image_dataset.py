@@ -15,7 +15,17 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from dckd_sr.data import pair_sizes
-from dckd_sr.data.files import decode, find_partners, image_names, lmdb_keys, meta_info_names, read_bytes, read_lmdb
+from dckd_sr.data.files import (
+    decode,
+    find_partners,
+    image_names,
+    listed_but_missing,
+    lmdb_difference,
+    lmdb_keys,
+    meta_info_names,
+    read_bytes,
+    read_lmdb,
+)
 from dckd_sr.data.teacher_cache import TeacherCache
 from dckd_sr.errors import UserError
 from dckd_sr.ops.resize import CONVENTIONS, imresize, modcrop
@@ -93,10 +103,7 @@ class SRImageDataset(Dataset):
         gt_paths = [os.path.join(self.gt_folder, name) for name in names]
         missing = [path for path in gt_paths if not os.path.isfile(path)] if meta_info_file else []
         if missing:
-            raise UserError(
-                f'dataset {self.name}: {len(missing)} images listed in {meta_info_file} are missing: '
-                f'{", ".join(missing[:3])}'
-            )
+            raise UserError(f'dataset {self.name}: {listed_but_missing(missing, meta_info_file)}')
         lq_paths = gt_paths
         if self.lq_folder:
             partners, _ = find_partners(names, self.lq_folder, self.opt.get('filename_tmpl') or '{}')
@@ -104,10 +111,9 @@ class SRImageDataset(Dataset):
         return [{'lq_path': lq, 'gt_path': gt} for lq, gt in zip(lq_paths, gt_paths)]
 
     def _lmdb_paths(self):
-        keys = lmdb_keys(self.gt_folder)
-        missing = sorted(set(keys) - set(lmdb_keys(self.lq_folder))) if self.lq_folder else []
-        if missing:
-            raise UserError(f'dataset {self.name}: {self.lq_folder} lacks {len(missing)} keys of {self.gt_folder}')
+        keys, low = lmdb_keys(self.gt_folder), lmdb_keys(self.lq_folder) if self.lq_folder else None
+        if low is not None and not set(keys) <= set(low):
+            raise UserError(f'dataset {self.name}: {lmdb_difference(self.gt_folder, self.lq_folder, keys, low)}')
         return [{'lq_path': key, 'gt_path': key} for key in keys]
 
     def __len__(self) -> int:

@@ -149,6 +149,34 @@ def test_a_bad_image_reaches_the_main_process_by_name(opt, tmp_path, workers, ki
         assert message.endswith(f'truncated file: {bad}') and 'Traceback' not in message
 
 
+@pytest.mark.parametrize('kind', ['PairedImageDataset', 'SRImageDataset', 'SingleImageDataset'])
+def test_one_option_names_all_unfit_training_images_before_the_first(opt, tmp_path, kind):
+    train = opt['datasets']['train']
+    train.update(type=kind, check_images=True)
+    build_train_loader(opt, 0)
+    (tmp_path / 'lq' / '1.png').write_bytes(b'text')
+    cv2.imwrite(str(tmp_path / 'lq' / '4.png'), np.zeros((9, 12, 3), np.uint8))
+    content = (tmp_path / 'gt' / '3.png').read_bytes()
+    (tmp_path / 'gt' / '3.png').write_bytes(content[: len(content) // 2])
+    if kind == 'SingleImageDataset':
+        del train['dataroot_gt']
+    with pytest.raises(UserError) as caught:
+        build_train_loader(opt, 0)
+    lines = [line.strip().replace(f'{tmp_path}{os.sep}', '') for line in str(caught.value).splitlines()]
+    if kind == 'SingleImageDataset':
+        assert lines == ['datasets.train.check_images: unreadable: not an image, or damaged: lq/1.png']
+    else:
+        assert lines == [
+            'datasets.train.check_images: 3 problems',
+            'mismatched: sizes do not match at scale 2: gt/4.png is 24x24, lq/4.png is 12x9 (expected 12x12)',
+            'unreadable: not an image, or damaged: lq/1.png',
+            'unreadable: truncated file: gt/3.png',
+        ]
+    build_train_loader(opt, 0, world_size=2, rank=1)  # rank 0 looks for all
+    train['check_images'] = False
+    build_train_loader(opt, 0)
+
+
 def test_spawned_workers_load_the_same(opt):
     """Windows and macOS start workers anew; whatever a loader holds must get there."""
     reference = take(build_train_loader(opt, 3)[0], 2)

@@ -58,6 +58,20 @@ def test_partners_are_complete_on_both_sides(opt, tmp_path):
         build_dataset(opt)
 
 
+@pytest.mark.parametrize('there', ['c.jpg', 'c.PNG'])
+def test_a_partner_of_another_suffix_is_named(opt, tmp_path, there):
+    (tmp_path / 'lq' / 'c.png').rename(tmp_path / 'lq' / there)
+    cure = f'{there} is there; type: SRImageDataset'
+    with pytest.raises(UserError, match='no LQ image for 1 of 3 .*c.png .' + cure):
+        build_dataset(opt)
+    meta = tmp_path / 'list.txt'
+    meta.write_text('a.png (4,4,3)\nc.png (4,4,3)\n')
+    with pytest.raises(UserError, match='1 images listed in .* are missing: .*lq.c.png .' + cure):
+        build_dataset({**opt, 'meta_info_file': str(meta)})
+    other = {**opt, 'type': 'SRImageDataset'}  # as it says
+    assert names(build_dataset(other)) == ['a.png', 'b.png', 'c.png']
+
+
 def test_meta_info_file(opt, tmp_path):
     meta = tmp_path / 'list.txt'
     meta.write_text('c.png (4,4,3)\na.png (4,4,3)\n')
