@@ -15,6 +15,7 @@ import struct
 import tempfile
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ SUFFIXES = (
     *('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'),
     *('.gif', '.avif', '.jp2', '.tga', '.heic', '.heif', '.hif'),
 )
+_LONGEST_PROFILE = 2**24
 MOST_PIXELS = 2**30  # of an image, OpenCV's bound, too: a small file may claim any size
 
 # No other: Pillow opens EPS files, for one, by running Ghostscript on them.
@@ -48,6 +50,7 @@ _OTHERS = {  # what files that are no images, or of formats that are not read, b
     **dict.fromkeys((b'\xff\n', b'\x00\x00\x00\x0cJXL '), 'a JPEG XL image; convert it first'),
     **dict.fromkeys((b'v/1\x01', b'#?RADIANCE', b'PF', b'Pf'), 'an image of floats; convert it first'),
     b'8BPS': 'a Photoshop document; export its picture first',
+    b'P7': 'a PAM image; convert it first',
     b'%PDF': 'a PDF document',
     b'%!PS': 'a PostScript document',
     b'<': 'a web page or a drawing in XML',
@@ -194,32 +197,32 @@ def _png(content, name):
         raise _Damaged
     width, height, depth, colour = struct.unpack_from('>IIBB', content, 16)
     _check_size(width, height, name)
+    found = {kind: content[start + 8 : end - 4] for kind, start, end in chunks if kind in (b'tRNS', b'acTL', b'iCCP')}
     upright = _turn(content) if kinds & {b'eXIf', b'iTXt', b'tEXt', b'zTXt'} else None
+    needed = {b'IHDR', b'IDAT', b'IEND', *((b'PLTE', b'tRNS') if colour == 3 else ())}
+    if kinds - needed:
+        # Without what else is in it: libpng complains about profiles, Pillow refuses long texts, and OpenCV makes
+        # something else of animations and of the transparent colour.
+        parts = [content[start:end] for kind, start, end in chunks if kind in needed]
+        content = b''.join([content[:8], *parts])
     if colour == 3:
         image = _by_pillow(content, name)
-        image.plain = image.alpha is None and not image.notes and upright is None
-        return image
-    key = next((content[start + 8 : end - 4] for kind, start, end in chunks if kind == b'tRNS'), None)
-    if colour not in (0, 2) or len(key or b'') != (2 if colour == 0 else 6):
-        key = None
-    notes = []
-    if b'acTL' in kinds:
-        start = next(start for kind, start, _ in chunks if kind == b'acTL')
-        notes = _frames(struct.unpack_from('>I', content, start + 8)[0], 'frames')
-    if kinds - {b'IHDR', b'IDAT', b'IEND'}:
-        # Without what else is in it: libpng complains about profiles, and OpenCV makes something else of animations and
-        # of the transparent colour.
-        needed = [content[start:end] for kind, start, end in chunks if kind in (b'IHDR', b'IDAT', b'IEND')]
-        image = _opencv(b''.join([content[:8], *needed]), cv2.IMREAD_UNCHANGED)
     else:
-        image = _opencv(content, cv2.IMREAD_UNCHANGED)
-    pixels = image[..., : 1 if colour in (0, 4) else 3]
-    alpha = image[..., -1] if colour in (4, 6) else None
-    if key is not None:
-        key = np.array(struct.unpack(f'>{len(key) // 2}H', key))[::-1]
-        key = key * (255 // (2**depth - 1)) if depth < 8 else key
-        alpha = np.where((pixels == key).all(2), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
-    return _turned(Decoded(pixels, alpha, notes, plain=alpha is None and not notes and upright is None), upright)
+        stored = _opencv(content, cv2.IMREAD_UNCHANGED)
+        image = Decoded(stored[..., : 1 if colour in (0, 4) else 3], stored[..., -1] if colour in (4, 6) else None)
+        if len(found.get(b'tRNS', b'')) == {0: 2, 2: 6}.get(colour):
+            key = np.array(struct.unpack(f'>{len(found[b"tRNS"]) // 2}H', found[b'tRNS']))[::-1]
+            key = key * (255 // (2**depth - 1)) if depth < 8 else key
+            clear = (image.pixels == key).all(2)
+            image.alpha = np.where(clear, 0, np.iinfo(stored.dtype).max).astype(stored.dtype)
+    if b'acTL' in found:
+        image.notes += _frames(int.from_bytes(found[b'acTL'][:4], 'big'), 'frames')
+    image.plain = image.alpha is None and not image.notes and upright is None
+    image.profile = b''
+    if b'iCCP' in found:  # a name, 0, and how it is compressed
+        with contextlib.suppress(zlib.error):
+            image.profile = zlib.decompressobj().decompress(found[b'iCCP'].partition(b'\0')[2][1:], _LONGEST_PROFILE)
+    return _turned(image, upright)
 
 
 def _jpeg(content, name):
@@ -271,8 +274,9 @@ def _frames(count, word):
 
 def _turn(content):
     """What puts the picture upright, or None."""
-    with _opened(content) as header:
+    with contextlib.suppress(Exception), _opened(content) as header:  # whatever Pillow finds odd beside the picture
         return _TURNS.get(_orientation(header))
+    return None
 
 
 def _orientation(header):
@@ -317,8 +321,12 @@ def _tiff(content, name):
         if not isinstance(bits, int) or not 1 <= bits <= 16:
             raise _Refused(f' has {page.dtype or f"({bits} bit)"} values; 8 or 16 bit images are needed')
         if bits <= 8:
-            image = _by_pillow(content, name)
-            image.notes = [note for note in image.notes if not note.startswith('the first of')]
+            try:
+                image = _by_pillow(content, name)
+            except Image.UnidentifiedImageError:
+                kind = getattr(page.photometric, 'name', photometric)
+                kind = f'{page.samplesperpixel} channels, {bits} bits and {kind} colours'
+                raise _Refused(f' is a TIFF file of {kind}, which is not read') from None
         else:
             image = _deep_tiff(page, content, photometric, bits)
     image.notes += _frames(count, 'pages')
@@ -428,7 +436,7 @@ def _by_pillow(content, name):
     with _opened(content, name) as header:
         _check_size(*header.size, name)
         notes, profile = [], header.info.get('icc_profile')
-        if header.format != 'MPO':  # a camera's JPEG with previews of itself
+        if header.format not in ('MPO', 'TIFF'):  # the former is a camera's JPEG with previews of itself
             notes = _frames(getattr(header, 'n_frames', 1), 'frames')
         header.load()
         turn = _TURNS.get(_orientation(header))  # of TIFF files applied by now

@@ -203,6 +203,18 @@ def test_an_animated_png():
         assert image.notes == [f'the first of {2 if "default_image" in options else 3} frames'] and not image.plain
 
 
+@pytest.mark.parametrize('palette', [False, True])
+def test_a_png_with_long_texts(palette):
+    """Other programs store their settings there; Pillow refuses the file."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    picture = Image.fromarray(BYTES[..., :3])
+    content = saved(picture.quantize(16) if palette else picture, 'PNG', icc_profile=profile)
+    text = chunk(b'zTXt', b'workflow\0\0' + zlib.compress(bytes(2**22)))
+    image = decode(content[:33] + text + content[33:], NAME, with_profile=True)
+    assert_equal(image, by_pillow(content), 0)
+    assert image.profile == profile and image.plain
+
+
 def test_the_profile_of_a_png_makes_no_noise(capfd):
     """libpng complains about an sRGB profile in a gray image, for one."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -310,7 +322,11 @@ def test_lzw_of_16_bits():
         (np.zeros((8, 8), np.complex64), {}, 'has complex64 values'),
         (WORDS, {'photometric': 'separated'}, 'is a TIFF file of 16 bits and SEPARATED colours'),
         (np.repeat(WORDS[..., :1], 9, 2), {'photometric': 'minisblack', 'planarconfig': 'contig'}, 'has 9 channels'),
-        (np.repeat(BYTES[..., :1], 9, 2), {'photometric': 'minisblack', 'planarconfig': 'contig'}, NAME),
+        (
+            np.repeat(BYTES[..., :1], 9, 2),
+            {'photometric': 'minisblack', 'planarconfig': 'contig'},
+            'is a TIFF file of 9 channels, 8 bits and MINISBLACK colours, which is not read',
+        ),
         (BYTES[..., 0], {'photometric': 32803}, 'is a raw photograph (DNG)'),
         (BYTES[..., :3], {'photometric': 'rgb', 'subfiletype': 1}, 'begins with a reduced image'),
     ],
