@@ -64,6 +64,9 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     if args.json not in (None, '-') and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f'--json {args.json}: no such folder')
+    target, read = Path(args.json or '-'), option_files.find(args.opt)[0]
+    if target.is_file() and read.is_file() and target.samefile(read):
+        raise UserError(f'--json {target}: the option file itself; name another file')
     return args.run(args)
 
 

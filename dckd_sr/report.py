@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import dckd_sr
-from dckd_sr import compare, evaluation, logs, report_networks, safe_yaml
+from dckd_sr import compare, evaluation, logs, report_networks, safe_yaml, sources
 from dckd_sr.errors import UserError, entry_point, looked_in, nearest, reason
 
 
@@ -68,6 +68,8 @@ def report(arguments, output=None, images=4):
     output = Path(output) if output else folders[0] / 'report.html'
     if output.is_dir():
         raise UserError(f'-o {output}: a folder; expected the name of the HTML file')
+    if output.suffix.lower() not in ('.html', '.htm'):  # it may be a file of the run
+        raise UserError(f'-o {output}: expected a name that ends in .html')
     figures = report_figures.Figures(output.with_name(f'{output.stem}_figures'))
     try:
         figures.folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +185,7 @@ def read_comparison(folder, start=''):
         raise UserError(f'{folder}: not what dckd_sr.compare writes: {reason(error)}') from error
     experiments = folder.parent.parent / 'experiments'
     runs = [read_run(experiments / name, label) for name, label in named]
+    changed = [run.name for run in runs if not _still(run, content['runs'][run.name].get('weights'))]
     rows = [line.strip('| ').split(' | ') for line in lines if line.startswith('|')]
     marks = (('**', 'best'), ('<u>', 'second'))
     rows = [
@@ -190,6 +193,8 @@ def read_comparison(folder, start=''):
         for row in rows[:1] + rows[2:]
     ]
     notes = [line[2:] for line in lines if line.startswith('- ')]
+    if changed:
+        notes.append(f'other weights than when the table was made: {", ".join(changed)}; compare makes it anew')
     return {'title': folder.name, 'rows': rows, 'notes': notes, 'scores': scores}, runs
 
 
@@ -197,9 +202,8 @@ def table_of(runs):
     """Of runs that no comparison put side by side: the scores of their last test, or of their last validation."""
     scores, fixed, notes = {}, {}, []
     for run in runs:
-        file, means = run.path.parent.parent / 'results' / run.name / 'results.json', {}
+        file, results, means = *last_test(run, notes), {}
         try:
-            results = json.loads(file.read_text(encoding='utf-8'))['results']
             for network, sets in results.items():
                 found = {(s, m): float(v) for s, part in sets.items() for m, v in part['means'].items()}
                 if network == 'student':
@@ -223,6 +227,33 @@ def table_of(runs):
         rows.append([label, *(evaluation.format_value(metric, means.get((name, metric))) for name, metric in columns)])
     scores = {label: {column: [value] for column, value in means.items()} for label, means in scores.items()}
     return {'title': 'Runs', 'rows': [[(cell, '') for cell in row] for row in rows], 'notes': notes, 'scores': scores}
+
+
+def last_test(run, notes):
+    """(results.json of the last test of weights that the run has, its content); of a comparison's tests, too.
+
+    Tests of other weights, under the run's name or of a former training, are noted.
+    """
+    results = run.path.parent.parent / 'results'
+    files = [results / run.name / 'results.json', *results.glob(f'compare_*/tests/{run.name}/results.json')]
+    for file in sorted(filter(Path.is_file, files), key=lambda file: -file.stat().st_mtime):
+        try:
+            content = json.loads(file.read_text(encoding='utf-8'))
+            path, digest = content['made_from']['contents']['path.pretrain_network_g']
+            if _still(run, {Path(path).name: digest}):
+                return file, content['results']
+            notes.append(f'{run.label}: {file} is left out, it is of other weights than those in {run.path}')
+        except (OSError, ValueError, KeyError, TypeError):
+            notes.append(f'{run.label}: {file} is left out, it does not say which weights it is of')
+    return None, None
+
+
+def _still(run, weights):
+    """Whether files of a run (name -> digest) are there and the same; True where nothing is known."""
+    try:
+        return all(sources.digest(run.path / 'models' / name) == known for name, known in (weights or {}).items())
+    except OSError:
+        return False
 
 
 def read_run(folder, label):

@@ -64,6 +64,8 @@ def test(opt, args, notes=()):
     notes = [note for note in notes if not note.startswith(skipped)] + list(missing.values())
     loaders = {name: build_val_loader(opt, name) for name in found}
     made = made_from(opt, args)
+    if args.save_img or (opt.get('val') or {}).get('save_img'):
+        refuse_among_inputs(opt, found)
     networks = _networks(opt, args, device)
     speed, slow = _speed(opt, device)
     notes += slow
@@ -120,6 +122,14 @@ def test(opt, args, notes=()):
     if save_img:
         logger.info(f'Images in {opt["path"]["visualization"]}')
     return results
+
+
+def refuse_among_inputs(opt, found):
+    """Raises UserError if the images of a set would be written into a folder that images are read from."""
+    written = {Path(opt['path']['visualization'], opt['datasets'][key].get('name', key)).resolve() for key in found}
+    for key, path in sources.inputs(opt):
+        if Path(path).resolve() in written:
+            raise UserError(f'{key} = {path}: the images of this test would be written there: give it another name')
 
 
 def made_from(opt, args):

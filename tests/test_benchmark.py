@@ -319,6 +319,15 @@ def test_a_mistake_is_one_line(arguments, said, capsys):
     assert error.startswith('error: ') and said in error and error.count('\n') == 1
 
 
+def test_the_option_file_is_not_written_over(capsys):
+    file = Path(option_file())
+    text = file.read_text()
+    Path('link.json').symlink_to(file)
+    assert benchmark.main(['step', '-opt', str(file), '--device', 'cpu', '--json', 'link.json']) == 2
+    assert '--json link.json: the option file itself' in capsys.readouterr().err
+    assert file.read_text() == text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_cuda_is_not_made_up(capsys):
     assert benchmark.main(['step', '-opt', 'train_swinir_x4', '--device', 'cuda']) == 2

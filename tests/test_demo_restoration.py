@@ -27,7 +27,6 @@ def finished(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(train, 'build_model', build_and_watch)
-        patch.setattr(train, 'look_first', lambda *_: None)  # a teacher of 8 steps is below the input
         patch.setattr(demo, 'modcrop', lambda image, _: image[80:180, 120:220])
         patch.setattr(demo, 'train_network', lambda name, steps, more=(): train_network(name, 8, [*quick, *more]))
         patch.setattr(demo, 'VARIANTS', 2)

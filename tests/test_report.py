@@ -16,7 +16,7 @@ import yaml
 from basicsr.archs import build_network
 from small_run import dckd_run, edsr, write
 
-from dckd_sr import compare, logs, report, report_networks, train
+from dckd_sr import compare, logs, report, report_networks, test, train
 
 ODD = '</script><img src=x>&"\''  # a method's name
 
@@ -367,6 +367,7 @@ def test_pictures_of_noise_keep_to_the_size_of_a_page(monkeypatch):
         (['empty'], 'empty has neither a train_*.log nor a compare.json'),
         (['run', '-o', 'empty'], '-o empty: a folder; expected the name of the HTML file'),
         (['run', '-o', 'file/page.html'], 'cannot write file/page.html'),
+        (['run', '-o', 'experiments/run/train_1.log'], 'train_1.log: expected a name that ends in .html'),
         (['run', '--images', '-1'], '--images -1: expected 0 or more'),
         (['broken'], 'not what dckd_sr.compare writes'),
         (['odd'], 'experiments/odd/resolved.yml: '),
@@ -384,6 +385,40 @@ def test_mistakes(tmp_path, capsys, arguments, message):
     assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and error.count('\n') == 1
+
+
+def test_scores_of_other_weights_are_left_out_and_said(tmp_path):
+    """The run was trained again under its name, or a test under its name was of another file."""
+    opt = dckd_run(tmp_path)
+    opt['train']['total_iter'] = 2
+    assert train.main(['-opt', write(opt)]) == 0
+    weights = 'experiments/run/models/net_g_latest.pth'
+    test_opt = ['-opt', 'opt.yml', '--no_bicubic', '--force_yml', f'path:pretrain_network_g={weights}']
+    assert test.main(test_opt) == 0
+
+    def table():
+        run = report.read_run(Path('experiments/run'), 'run')
+        return report.table_of([run])
+
+    tested = table()
+    assert tested['notes'] == [f'run: tested, {Path("results/run/results.json")}'] and tested['scores']['run']
+    shutil.copytree('results/run', 'results/compare_x/tests/run')
+    assert test.main([*test_opt[:-1], 'path:pretrain_network_g=experiments/run/models/net_g_2.pth']) == 0
+    assert len(table()['notes']) == 1  # of this run, too
+    shutil.copy(weights, 'student.pth')
+    assert test.main([*test_opt[:-1], 'path:pretrain_network_g=student.pth']) == 0
+    assert table()['notes'][1] == f'run: tested, {Path("results/compare_x/tests/run/results.json")}'
+    runs = [compare.Run('dckd', 1, opt, tmp_path)]
+    scores = {'dckd': {('Set', 'psnr'): {1: 30.0}}}
+    compare.write_tables(Path('results/compare_x'), scores, {}, runs)
+    assert not any('other weights' in note for note in report.read_comparison(Path('results/compare_x'))[0]['notes'])
+    opt['train']['optim_g']['lr'] = 0.1
+    assert train.main(['-opt', write(opt)]) == 0
+    notes = table()['notes']
+    assert len(notes) == 3 and all('left out, it is of other weights' in note for note in notes[:2])
+    assert notes[2] == 'run: validation at iteration 2'
+    notes = report.read_comparison(Path('results/compare_x'))[0]['notes']
+    assert notes[-1] == 'other weights than when the table was made: run; compare makes it anew'
 
 
 PROBE = """<script>

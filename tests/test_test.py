@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,17 @@ def test_images_are_saved_under_basicsrs_names_and_former_ones_stay(opt):
     opt['val'].update(save_img=True, suffix='v2')
     assert run(opt, '--no_bicubic') == 0
     assert (old.parent / 'coffeex2_v2.png').is_file() and (old.parent / 'coffeex2_run.png').is_file()
+
+
+def test_images_are_not_written_among_those_that_are_read(opt, capsys):
+    shutil.copytree('Photos/LR', 'results/run/visualization/Photos')
+    opt['datasets']['test_1']['dataroot_lq'] = 'results/run/visualization/Photos'
+    before = sorted(Path('results').rglob('*'))
+    assert run(opt) == 0
+    capsys.readouterr()
+    assert run(opt, '--save_img') == 2
+    assert 'dataroot_lq = results/run/visualization/Photos: the images of this test' in capsys.readouterr().err
+    assert sorted(Path('results').rglob('*.png')) == [path for path in before if path.suffix == '.png']
 
 
 def test_missing_sets_are_skipped_until_none_is_left(opt, capsys):
