@@ -461,7 +461,7 @@ def archive_tables(folder, runs):
         now = get_time_str()
         for path in sorted(folder.glob('compare.*')):
             path.rename(path.with_name(f'compare_archived_{now}{path.suffix}'))
-            print(f'{path}: of another recipe, moved to compare_archived_{now}{path.suffix}')
+        print(f'{folder}: tables of what was trained before are now compare_archived_{now}.*')
 
 
 def train(run, environment):
@@ -594,7 +594,7 @@ def write_tables(folder, scores, fixed, runs):
     if len(seeds) > 1:
         about = [f'{iterations}, seeds {", ".join(map(str, seeds))}', 'mean and standard deviation over seeds']
     else:
-        about = [f'{iterations}, one seed, {seeds[0]}: how far seeds differ is not known']
+        about = [f'{iterations}, seed {seeds[0]} alone: how far seeds differ is not known']
     about[-1] += '; best bold, second underlined'
     about += [
         *_other_teachers(runs),

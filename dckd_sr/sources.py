@@ -26,12 +26,12 @@ _NAMES = ('name', 'type', 'model_type')  # of these keys no value is a path
 
 
 def inputs(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, path) of the files that resolved options name and that are there, and of the folders of data sets."""
+    """(key, path) of the files that resolved options name and that are there, and of folders of images and of code."""
     for key, value in flat(options.portable(opt)):
         if not isinstance(value, str) or key.rpartition('.')[2] in _NAMES:
             continue
         try:
-            if os.path.isfile(value) or (key.startswith('datasets.') and os.path.isdir(value)):
+            if os.path.isfile(value) or (key.startswith(('datasets.', 'imports.')) and os.path.isdir(value)):
                 yield key, value
         except ValueError:  # a zero byte
             continue
@@ -75,7 +75,7 @@ def describe(opt: dict[str, Any], without: tuple[str, ...], more: dict[str, Any]
 
     contents = {}
     for key, path in inputs(opt):
-        if counts(key):
+        if counts(key) and not key.startswith('imports.'):
             try:
                 contents[key] = [path, digest(path)]
             except OSError as error:  # who reads it will say so

@@ -635,6 +635,13 @@ def _(run):
     torch.save({'params': Code()}, 'teacher.pth')
 
 
+@mistake('weights in the folder of an earlier run of that name')
+def _(run):
+    Path('experiments/run/models').mkdir(parents=True)
+    shutil.move('teacher.pth', 'experiments/run/models/t.pth')
+    run.opt['path']['pretrain_network_t'] = 'experiments/run/models/t.pth'
+
+
 @mistake('weights of another network as `resume_state`')
 def _(run):
     run.opt['path']['resume_state'] = 'teacher.pth'

@@ -181,7 +181,7 @@ def test_one_seed_has_no_spread_and_one_method_no_best(tmp_path):
     assert '| DCKD | 30.00 |' in path.read_text(encoding='utf-8')
     scores = {'scratch': {('Set5', 'psnr'): {1: 30.0}}, 'dckd': {('Set5', 'psnr'): {1: 30.5}}}
     text = compare.write_tables(tmp_path, scores, {}, runs)[0].read_text(encoding='utf-8')
-    assert '- 7 iterations, one seed, 1: how far seeds differ is not known' in text
+    assert '- 7 iterations, seed 1 alone: how far seeds differ is not known' in text
     assert '- DCKD against Scratch, Set5: +0.500 dB, one seed' in text
     assert 'standard deviation' not in text and 'paired' not in text and '±' not in text
 
