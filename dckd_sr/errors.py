@@ -86,7 +86,7 @@ def out_of_memory(error):
 
 # Of torch's allocators on CPUs (Linux, Windows), C++, oneDNN, OpenCV, CUDA and its libraries.
 _NO_MEMORY = ("can't allocate memory", 'not enough memory', 'bad_alloc', 'could not create a memory object')
-_NO_MEMORY += ('Insufficient memory', 'out of memory', '_ALLOC_FAILED')
+_NO_MEMORY += ('Insufficient memory', 'Failed to allocate memory', 'bad allocation', 'out of memory', '_ALLOC_FAILED')
 
 
 def looked_in(path, text=' in {}'):

@@ -57,11 +57,12 @@ def build_train_loader(
     if options.get('prefetch_mode') not in (None, 'cpu', 'cuda'):
         raise UserError(f'datasets.train.prefetch_mode is cpu, cuda or empty, got {options["prefetch_mode"]!r}')
 
+    if options.get('check_images') and rank == 0:
+        # Before all images are kept in memory, where the first unfit one would end it.
+        pairs.check_dataset(_build('train', {**deepcopy(options), 'cache': None}), options)
     dataset = _build('train', options)
     if len(dataset) == 0:
         raise UserError(f'datasets.train ({options["name"]}) has no images')
-    if options.get('check_images') and rank == 0:
-        pairs.check_dataset(dataset, options)
     if options.get('teacher_cache'):
         teacher_cache.check(opt, dataset)
     stages = _stages(options, batch_size)

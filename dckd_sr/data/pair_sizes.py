@@ -17,6 +17,7 @@ from dckd_sr.data.files import decode, read_bytes, view_lmdb
 from dckd_sr.errors import UserError
 
 _SHOWN = 3  # pairs that a message names
+_ORIENTATION = 274  # tag of EXIF; from 5 on, height and width are exchanged
 _LARGEST_SCALE = 16  # that a message suggests
 
 
@@ -106,7 +107,7 @@ def _problem(gt, lq, scale):
 
 
 def header_size(folder: str, name: str) -> tuple[int, int] | None:
-    """(height, width) that a file's header states, before the picture is turned upright, or None.
+    """(height, width) that a file's header states, or None: unreadable, or stored lying on its side.
 
     Args:
         folder: an LMDB, in which ``name`` is a key, or ''.
@@ -116,7 +117,9 @@ def header_size(folder: str, name: str) -> tuple[int, int] | None:
         warnings.simplefilter('ignore')  # of Pillow: odd EXIF
         try:
             with Image.open(content) as image:
-                return image.height, image.width
+                # Of a PNG file, Pillow would read all pixels before it looks for EXIF behind them.
+                exif = image.getexif() if image.format != 'PNG' or 'exif' in image.info else {}
+                return None if exif.get(_ORIENTATION, 1) > 4 else (image.height, image.width)
         except Exception:  # whatever its plug-ins raise on damaged files
             return None
 

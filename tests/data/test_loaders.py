@@ -152,7 +152,7 @@ def test_a_bad_image_reaches_the_main_process_by_name(opt, tmp_path, workers, ki
 @pytest.mark.parametrize('kind', ['PairedImageDataset', 'SRImageDataset', 'SingleImageDataset'])
 def test_one_option_names_all_unfit_training_images_before_the_first(opt, tmp_path, kind):
     train = opt['datasets']['train']
-    train.update(type=kind, check_images=True)
+    train.update(type=kind, check_images=True, cache='ram' if kind == 'SRImageDataset' else None)
     build_train_loader(opt, 0)
     (tmp_path / 'lq' / '1.png').write_bytes(b'text')
     cv2.imwrite(str(tmp_path / 'lq' / '4.png'), np.zeros((9, 12, 3), np.uint8))
@@ -172,6 +172,7 @@ def test_one_option_names_all_unfit_training_images_before_the_first(opt, tmp_pa
             'unreadable: not an image, or damaged: lq/1.png',
             'unreadable: truncated file: gt/3.png',
         ]
+    train['cache'] = None
     build_train_loader(opt, 0, world_size=2, rank=1)  # rank 0 looks for all
     train['check_images'] = False
     build_train_loader(opt, 0)

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from basicsr.data import build_dataset
+from PIL import Image
 
 from dckd_sr import prepare
 from dckd_sr.data import build_train_loader, build_val_loader, pair_sizes
@@ -118,6 +119,22 @@ def test_a_damaged_validation_image_is_named_before_anything_runs():
         file.write(b'text')
     with pytest.raises(UserError, match='dataset Set: not an image, or damaged: lq/a.png'):
         build_val_loader({'scale': 2, 'datasets': {'val': block()}}, 'val')
+
+
+@pytest.mark.parametrize('turned, fits', [('lq', True), ('gt', False)])
+def test_a_picture_that_is_stored_on_its_side_counts_as_it_is_seen(turned, fits):
+    """LQ fits once it is upright; GT fits in the file and not once it is upright."""
+    write((48, 32), (16, 24) if turned == 'lq' else (24, 16), 'a.jpg')
+    with Image.open(f'{turned}/a.jpg') as image:
+        exif = image.getexif()
+        exif[274] = 6
+        image.save(f'{turned}/a.jpg', exif=exif)
+    opt = {'scale': 2, 'datasets': {'val': block()}}
+    if fits:
+        assert next(iter(build_val_loader(opt, 'val')))['gt'].shape == (1, 3, 32, 48)
+    else:
+        with pytest.raises(UserError, match='gt/a.jpg is 32x48, lq/a.jpg is 24x16'):
+            build_val_loader(opt, 'val')
 
 
 def test_a_right_view_of_another_size_is_found_before_anything_runs():
