@@ -1,7 +1,9 @@
 """docs/errors.md is true: every mistake in it is made here, and answered as it says."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,34 @@ def test_the_table_and_the_mistakes_are_the_same():
     assert list(TABLE) and sorted(TABLE) == sorted(MISTAKES) and sorted(ODD) == sorted(WORKS)
     assert len(TABLE) == len(rows(DOCUMENT, 3)) >= 60 and len(ODD) == len(set(ODD))
     assert set(AS_PROCESSES) <= set(TABLE) and len(AS_PROCESSES) == 10
+
+
+TEN = DOCUMENT[DOCUMENT.index('## The ten') : DOCUMENT.index('## All mistakes')]
+# Messages among the ten commonest that no mistake of the tables gives; tests of their own make them.
+ELSEWHERE = (
+    '... does not have torch, torchvision, ',
+    'the package `basicsr` found at ',
+    'iteration 1: CUDA out of memory',
+)
+ELSEWHERE += ('... not enough GPU memory; set val.tile_size, ',)
+
+
+def test_the_ten_commonest_are_ten_and_say_what_is_said():
+    parts = re.split(r'^### (\d+)\. ', TEN, flags=re.M)[1:]
+    assert parts[::2] == [str(number) for number in range(1, 11)]
+    known = {message for message, _ in TABLE.values()}
+    for part in parts[1::2]:
+        quoted = re.findall(r'^ {4}error: (.*)$', part, flags=re.M)
+        assert quoted and part.strip().endswith('.'), part
+        assert all(line in known or line.startswith(ELSEWHERE) for line in quoted), quoted
+
+
+@pytest.mark.parametrize('line', re.findall(r'`(python -m dckd_sr\.[^`]*)`', TEN))
+def test_commands_among_the_ten_are_understood(line, capsys):
+    _, _, module, *words = shlex.split(line)
+    assert importlib.import_module(module).main([*words, '--help']) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words if word.startswith('--'))
 
 
 @pytest.mark.parametrize('name', TABLE)
