@@ -29,6 +29,7 @@ SUFFIXES = (
     *('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm'),
     *('.gif', '.avif', '.jp2', '.tga', '.heic', '.heif', '.hif'),
 )
+_PACKED = ' is packed in a way that takes another package: pip install imagecodecs'
 _LONGEST_PROFILE = 2**24
 MOST_PIXELS = 2**30  # of an image, OpenCV's bound, too: a small file may claim any size
 
@@ -198,7 +199,10 @@ def _png(content, name):
     width, height, depth, colour = struct.unpack_from('>IIBB', content, 16)
     _check_size(width, height, name)
     found = {kind: content[start + 8 : end - 4] for kind, start, end in chunks if kind in (b'tRNS', b'acTL', b'iCCP')}
-    upright = _turn(content) if kinds & {b'eXIf', b'iTXt', b'tEXt', b'zTXt'} else None
+    # Pillow decodes the picture to find an orientation: where there is none, it is not asked.
+    texts = [content[start + 8 : end] for kind, start, end in chunks if kind in (b'iTXt', b'tEXt', b'zTXt')]
+    oriented = any(text.startswith(b'Raw profile type') or b'tiff:Orientation' in text for text in texts)
+    upright = _turn(content) if oriented or b'eXIf' in kinds else None
     needed = {b'IHDR', b'IDAT', b'IEND', *((b'PLTE', b'tRNS') if colour == 3 else ())}
     if kinds - needed:
         # Without what else is in it: libpng complains about profiles, Pillow refuses long texts, and OpenCV makes
@@ -348,8 +352,10 @@ def _deep_tiff(page, content, photometric, bits):
         if not isinstance(error, ImportError) and 'imagecodecs' not in str(error):
             raise
         if page.compression != 5 or page.planarconfig != 1 or bits != 16 or photometric == 0 or more > 1:
-            raise _Refused(' is packed in a way that takes another package: pip install imagecodecs') from None
+            raise _Refused(_PACKED) from None
         image, turn = _opencv(content, cv2.IMREAD_UNCHANGED), None  # LZW; it turns TIFF files in any case
+        if image.shape[2] != page.samplesperpixel:  # of gray with alpha it reads one
+            raise _Refused(_PACKED) from None
     else:
         image = image[..., None] if page.axes == 'YX' else np.moveaxis(image, 0, 2) if page.axes == 'SYX' else image
         image = image[..., [2, 1, 0, *range(3, image.shape[2])]] if colours == 3 else image

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from basicsr.data import build_dataset
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from dckd_sr import pictures, prepare
 from dckd_sr.data import decoding
@@ -215,6 +215,24 @@ def test_a_png_with_long_texts(palette):
     assert image.profile == profile and image.plain
 
 
+def test_ordinary_files_are_decoded_once(monkeypatch):
+    """Pillow is asked for an orientation alone, and decodes nothing."""
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda self: pytest.fail('Pillow decodes'))
+    exif = Image.Exif()
+    exif[274] = 6
+    text = PngImagePlugin.PngInfo()
+    text.add_text('Software', 'a program')
+    text.add_itxt('XML:com.adobe.xmp', '<x:xmpmeta></x:xmpmeta>')
+    picture = Image.fromarray(BYTES[..., :3])
+    for kind, options in (
+        ('PNG', {'pnginfo': text, 'dpi': (300, 300)}),
+        ('PNG', {'exif': exif}),
+        ('JPEG', {'exif': exif}),
+    ):
+        image = decode(saved(picture, kind, **options), NAME)
+        assert image.pixels.shape == ((WIDTH, HEIGHT, 3) if 'exif' in options else (HEIGHT, WIDTH, 3))
+
+
 def test_the_profile_of_a_png_makes_no_noise(capfd):
     """libpng complains about an sRGB profile in a gray image, for one."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -384,6 +402,11 @@ def test_orientation(orientation):
 
 def test_orientation_in_xmp():
     xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"></x:xmpmeta>'
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt('XML:com.adobe.xmp', xmp.decode())
+    content = saved(Image.fromarray(BYTES[..., :3]), 'PNG', pnginfo=text)
+    assert_equal(decode(content, NAME), by_pillow(content), 0)
+    assert decode(content, NAME).pixels.shape == (WIDTH, HEIGHT, 3)
     content = saved(Image.fromarray(BYTES[..., :3]), 'JPEG', xmp=xmp)
     assert decode(content, NAME).pixels.shape == (WIDTH, HEIGHT, 3)
     assert_equal(decode(content, NAME), by_pillow(content))
