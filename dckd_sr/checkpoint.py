@@ -439,11 +439,21 @@ def _checkpoints(opt):
     return files
 
 
+def _named(opt):
+    """The files of a run that its options name: it reads them again when it is continued."""
+    paths = {Path(path).resolve() for path in opt['path'].values() if isinstance(path, str)}
+    folders = [Path(opt['path'][key]) for key in ('models', 'training_states')]
+    return {file for folder in folders for file in folder.glob('*') if file.resolve() in paths}
+
+
 def prune(opt, keep, current_iter, best=()):
-    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first."""
-    files = _checkpoints(opt)
+    """Delete the checkpoints of a run but the last ``keep`` and those of the iterations ``best``; states go first.
+
+    Those that the options name stay.
+    """
+    files, named = _checkpoints(opt), _named(opt)
     for iteration in sorted(number for number in files if number <= current_iter)[:-keep]:
-        for file in files[iteration] if iteration not in best else ():
+        for file in files[iteration] if iteration not in best and not named & set(files[iteration]) else ():
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -529,7 +539,7 @@ def set_aside(opt, state_path, start, moved):
             file.rename(target)
             names += [file.name] if file.parent == states else []
     if start < int(opt['train']['total_iter']):
-        for file in models.glob('net_*_latest.*'):
+        for file in set(models.glob('net_*_latest.*')) - _named(opt):
             (moved / models.name).mkdir(parents=True, exist_ok=True)
             file.rename(moved / models.name / file.name)
     return names

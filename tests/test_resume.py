@@ -143,6 +143,21 @@ def test_a_run_that_was_cut_equals_one_that_was_not(opt, kind, monkeypatch):
     assert logged('run') == logged('cut') and len(logged('run')[1]) == 6
 
 
+def test_the_state_that_is_named_is_kept(opt):
+    """Or the same option file would not start again."""
+    opt['logger'].update(save_checkpoint_freq=1, keep_checkpoints=1)
+    opt['train']['total_iter'], opt['val']['val_freq'] = 2, 100
+    assert train.main(['-opt', write(opt)]) == 0
+    opt['train']['total_iter'] = 5
+    opt['path']['resume_state'] = 'experiments/run/training_states/2.state'
+    assert train.main(['-opt', write(opt)]) == 0
+    for folder, names in (('training_states', ['2.state', '5.state']), ('models', ['net_g_2.pth', 'net_g_5.pth'])):
+        found = {file.name for file in Path('experiments/run', folder).iterdir()} - {'net_g_latest.pth'}
+        assert sorted(found) == names
+    opt['train']['total_iter'] = 6
+    assert train.main(['-opt', write(opt), '--auto_resume']) == 0
+
+
 class Killed(BaseException):
     """As good as a kill: nothing catches it."""
 

@@ -9,6 +9,7 @@ The folder holds an LMDB of pixels, uncompressed, so that a patch is read withou
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from dckd_sr import checkpoint, locks
 from dckd_sr.data import lmdb_maker, pair_sizes
-from dckd_sr.data.files import view_lmdb
+from dckd_sr.data.files import read_bytes, view_lmdb
 from dckd_sr.data.preparing import Result, refuse_inside
 from dckd_sr.download import sha256_of
 from dckd_sr.errors import UserError, out_of_memory, reason
@@ -33,6 +34,7 @@ from dckd_sr.inference import infer
 
 FORMATS = ('uint8', 'float16')
 _RECORD = 'teacher_cache.json'
+WHOLE = 2**30  # bytes of images whose content is compared, not their sizes alone
 _SECONDS = 2  # of work that a kill may cost
 
 
@@ -122,6 +124,7 @@ def describe(opt: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
         'scale': opt['scale'],
         'lq_convention': None if dataset.lq_folder else dataset.convention,  # of LQ made from GT
         'images': [[name, size] for name, size in _images(dataset)],
+        'content': _content(dataset),
     }
 
 
@@ -136,17 +139,31 @@ def _images(dataset):
             yield os.path.relpath(path, folder).replace(os.sep, '/'), os.path.getsize(path)
 
 
+def _content(dataset):
+    """A hash of the bytes of these files, where they are not many; else their sizes have to do."""
+    if sum(size for _, size in _images(dataset)) > WHOLE:
+        return None
+    folder, digest = dataset.lq_folder or dataset.gt_folder, hashlib.sha256()
+    for paths in dataset.paths:
+        path = paths['lq_path']
+        content = view_lmdb(folder, path) if dataset.backend == 'lmdb' else read_bytes(path)
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
 def difference(record: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """The first difference in words, or None; only keys of ``expected`` count."""
     expected = json.loads(json.dumps(expected, default=str))
     for key, wanted in expected.items():
         found = record.get(key)
-        if found == wanted:
+        if found == wanted or (key == 'content' and None in (found, wanted)):
             continue
         if key == 'weights':
             return f'made with other weights of the teacher (sha256 {str(found)[:8]}..., not {wanted[:8]}...)'
         if key == 'images' and isinstance(found, list):
             return _difference_of_images(found, wanted)
+        if key == 'content':
+            return 'made of images with another content'
         if key == 'network_t' and isinstance(found, dict):
             key = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
             found, wanted, key = found.get(key), wanted.get(key), f'network_t.{key}'

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -344,3 +345,26 @@ def test_the_record_says_what_it_was_made_of(run_options):
     sizes = [[f'{index}.png', os.path.getsize(f'LR/{index}.png')] for index in range(4)]
     assert record['images'] == sizes and record['scale'] == 2 and record['network_t'] == run_options['network_t']
     assert record['format'] == 'uint8' and record['self_ensemble'] is False and len(record['weights']) == 64
+
+
+def test_an_image_of_the_same_size_in_its_place_is_another_one(run_options, capsys):
+    """As uncompressed files are, whatever they show."""
+    for path in sorted(Path('LR').iterdir()):
+        cv2.imwrite(str(path.with_suffix('.bmp')), cv2.imread(str(path)))
+        path.unlink()
+    write(run_options)
+    command = ['teacher_cache', '-opt', 'opt.yml']
+    assert prepare.main(command) == 0 and prepare.main(command) == 0
+    image = cv2.imread('LR/1.bmp')
+    cv2.imwrite('LR/1.bmp', 255 - image)
+    capsys.readouterr()
+    assert prepare.main(command) == 2
+    assert 'cache.lmdb exists, made of images with another content' in capsys.readouterr().err
+    assert train.main(['-opt', 'opt.yml']) == 2
+    assert 'made of images with another content' in capsys.readouterr().err
+    cv2.imwrite('LR/1.bmp', image)
+    record = Path('cache.lmdb/teacher_cache.json')
+    content = json.loads(record.read_text())
+    del content['content']  # of an earlier version
+    record.write_text(json.dumps(content))
+    assert prepare.main(command) == 0
