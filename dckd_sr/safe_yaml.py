@@ -113,7 +113,10 @@ def inline(value):
 
 
 def _check_depth(text):
-    """Refuse a text of too many levels: PyYAML's C code composes them by recursion, and the process is gone."""
+    """Refuse a text of too many levels: PyYAML's C code composes them by recursion, and the process is gone.
+
+    From 6.0.4 on it refuses 1000 itself, and looks ahead: it may do so before this has seen 100 of them.
+    """
     loader, depth = _Loader(text), 0
     try:
         while loader.check_event():
@@ -121,6 +124,10 @@ def _check_depth(text):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEPTH:
                 raise YAMLError([f'line {event.start_mark.line + 1}: more than {_DEPTH} levels'])
+    except yaml.MarkedYAMLError as error:
+        if 'nesting depth' not in (error.problem or ''):
+            raise
+        raise YAMLError([f'line {error.problem_mark.line + 1}: more than {_DEPTH} levels']) from error
     finally:
         loader.dispose()
 

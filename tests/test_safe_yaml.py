@@ -112,6 +112,11 @@ def test_a_text_of_too_many_levels_or_values_does_not_end_the_process():
         else:
             with pytest.raises(safe_yaml.YAMLError, match=expected):
                 safe_yaml.parse(text)
+    for text in ('- ' * 5000, '? ' * 5000, 'a: ' + '{b: ' * 2000, '[' * 1500 + ']' * 1500, 'a: 1\nb: ' + '[' * 100000):
+        line = 1 + text.count('\n')
+        with pytest.raises(safe_yaml.YAMLError) as error:
+            safe_yaml.parse(text)
+        assert error.value.problems == [f'line {line}: more than 100 levels'] and safe_yaml.is_yaml(text)
     bomb = 'a0: &a0 [1, 1]\n' + ''.join(f'a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n' for n in range(1, 30))
     with pytest.raises(safe_yaml.YAMLError, match='more than 100000 values'):
         safe_yaml.parse(bomb)
