@@ -57,6 +57,15 @@ def read_weights(path, param_key=None, option=None, first=None):
         UserError: missing, truncated or foreign file, one that holds anything but tensors, no such entry, or several
             that could be meant.
     """
+    weights, used = read_entry(path, param_key, option, first)
+    bare = {_WRAPPED.sub('', key): value for key, value in weights.items()}
+    if option and list(bare) != list(weights):
+        get_root_logger().info(f"{path}: 'module.' and '_orig_mod.', which wrappers put before names, are left out.")
+    return bare, used
+
+
+def read_entry(path, param_key=None, option=None, first=None):
+    """As `read_weights`, with the names as the file has them."""
     content = read_file(path)
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not the weights of a network')
@@ -74,7 +83,7 @@ def read_weights(path, param_key=None, option=None, first=None):
         advice = f'; leave out {option}' if option else ''
         raise UserError(f"{path} has no entry '{param_key}': it holds bare weights, without entries{advice}")
     weights = content if used == BARE else content[used]
-    foreign = [f'{key}{_kind(value)}' for key, value in weights.items() if not _is_weight(key, value)]
+    foreign = foreign_in(weights)
     if foreign or not weights:
         what = f'entries that are not tensors: {", ".join(foreign[:5])}' if foreign else 'no tensors'
         raise UserError(f'{path} ({used}) holds {what}')
@@ -83,10 +92,7 @@ def read_weights(path, param_key=None, option=None, first=None):
         get_root_logger().warning(
             f"{path} holds '{average}', averaged weights, beside '{used}', which is taken: {option} says which."
         )
-    bare = {_WRAPPED.sub('', key): value for key, value in weights.items()}
-    if option and list(bare) != list(weights):
-        get_root_logger().info(f"{path}: 'module.' and '_orig_mod.', which wrappers put before names, are left out.")
-    return bare, used
+    return weights, used
 
 
 def _found(content, entries, path, option):
@@ -105,9 +111,10 @@ def _is_weight(key, value):
     return isinstance(key, str) and isinstance(value, torch.Tensor)
 
 
-def _kind(value):
-    """What a value is that is no tensor, where that is worth saying."""
-    return f' ({value.name})' if isinstance(value, restricted_pickle.Placeholder) else ''
+def foreign_in(weights):
+    """Names of what is no tensor, each with what it is instead where that is worth saying."""
+    kinds = {key: value.name for key, value in weights.items() if isinstance(value, restricted_pickle.Placeholder)}
+    return [f'{k} ({kinds[k]})' if k in kinds else str(k) for k, value in weights.items() if not _is_weight(k, value)]
 
 
 def read_file(path):

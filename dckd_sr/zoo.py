@@ -3,6 +3,7 @@
 python -m dckd_sr.zoo list                 what there is
 python -m dckd_sr.zoo get NAME             download, verified
 python -m dckd_sr.zoo show NAME            where it is from, and the lines of an option file
+python -m dckd_sr.zoo show FILE            what a weights file is: entries, tensors, the network that they are of
 python -m dckd_sr.zoo convert last.ckpt    a clean file: tensors alone, which any reader opens without running code
 """
 
@@ -12,9 +13,11 @@ import argparse
 import copy
 import os
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -28,6 +31,8 @@ FOLDER = Path('experiments', 'pretrained_models')
 _ENCODER = ('encoder.', 'quant_conv.', 'quantize.')
 _DECODER = ('decoder.', 'post_quant_conv.')
 _FORMATS = ('.pth', '.safetensors')
+_SAFETENSORS, _PROGRAMS = 'safetensors', ('ONNX, a model', 'TorchScript, a program')
+_SUFFIXES = (*_FORMATS, '.pt', '.ckpt', '.onnx', '.bin', '.state')
 
 
 @entry_point()
@@ -49,8 +54,10 @@ def main(argv=None):
     sub.add_argument('name', help='a name of the list')
     sub.add_argument('-o', '--output', metavar='FOLDER', help=f'default: {FOLDER.as_posix()}/FAMILY')
     sub.set_defaults(run=_get)
-    sub = commands.add_parser('show', help='where weights are from, and what an option file needs to use them')
-    sub.add_argument('name', help='a name of the list')
+    sub = commands.add_parser(
+        'show', help='where weights are from, and what an option file needs to use them; or what a file holds'
+    )
+    sub.add_argument('name', metavar='NAME_OR_FILE', help='a name of the list, or a weights file')
     sub.set_defaults(run=_show)
     sub = commands.add_parser(
         'convert',
@@ -144,6 +151,10 @@ def _state(entry):
 
 
 def _show(args):
+    if args.name not in ENTRIES and (os.path.lexists(args.name) or Path(args.name).suffix in _SUFFIXES):
+        for title, text in describe_file(args.name):
+            print(f'{title:<9} {text}')
+        return
     entry = find(args.name)
     print(f'name      {entry.name}')
     print(f'page      {entry.page}')
@@ -163,6 +174,82 @@ def _show(args):
     scale = '' if entry.letter == 'vqgan' else f', with scale: {entry.scale}'
     print(f'\nIn an option file{scale}:\n\n{_snippet(entry)}\nor, shorter:\n')
     print(f'network_{entry.letter}: {{type: zoo, name: {entry.name}}}')
+
+
+def describe_file(path):
+    """What a weights file is, without running code from it.
+
+    Returns:
+        list of (title, text): size, hash, format; each entry with its tensors; the network, as far as tensors tell.
+
+    Raises:
+        UserError: the file cannot be read; it says what it is instead where that is known.
+    """
+    from dckd_sr.archs import spandrel_arch  # late: spandrel is slow to import
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{path} is {"a folder" if path.is_dir() else "not there"}; expected a file with weights')
+    form, size = _format(path), path.stat().st_size
+    lines = [('file', path), ('size', f'{size:,} bytes'), ('sha256', sha256_of(path)), ('format', form)]
+    if form in _PROGRAMS:
+        return [*lines, ('network', f'in the file; python -m dckd_sr.upscale IMAGE_OR_FOLDER -m {path} runs it')]
+    content = checkpoint.read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds a {type(content).__name__}, not the weights of a network')
+    if {'epoch', 'iter', 'optimizers', 'schedulers'}.issubset(content):
+        return [*lines, ('holds', f'the training state of iteration {content["iter"]}; no weights of networks')]
+    entries = {name: value for name, value in content.items() if isinstance(value, dict)}
+    found = {name: value for name, value in entries.items() if any(map(torch.is_tensor, value.values()))}
+    if any(map(torch.is_tensor, content.values())) or not entries:
+        found = {checkpoint.BARE: content}
+    lines += [('entry', f'{name}: {_amount(weights)}') for name, weights in found.items()]
+    others = [str(name) for name in content if name not in found] if checkpoint.BARE not in found else []
+    if others:
+        lines.append(('beside', ', '.join(others)))
+    if form != _SAFETENSORS and (code := restricted_pickle.globals_in(path)):
+        lines.append(('code', f'named, and not run: {", ".join(code)}'))
+    told = checkpoint.read_metadata(path)
+    if told:
+        lines.append(('metadata', ', '.join(f'{key}: {value}' for key, value in told.items())))
+    try:
+        weights, used = checkpoint.read_entry(path)
+        _, prefix = spandrel_arch.without_wrapper(weights)
+        if prefix:
+            lines.append(('prefix', f'{prefix} before all names of {used}; left out where they are loaded'))
+        lines.append(('taken', f'{used}, where no key is set'))
+        if f'{prefix}quantize.embedding.weight' in weights:
+            return [*lines, ('network', 'VQGAN, which network_vqgan describes')]
+        net = spandrel_arch.describe(path)
+        options = ', '.join(f'{key}: {value}' for key, value in net.options.items())
+        channels = f'{net.num_in_ch} to {net.num_out_ch} channels'
+        lines.append(('network', f'{net.type}, x{net.scale}, {channels}{f"; {options}" if options else ""}'))
+    except UserError as error:
+        unknown = 'not told by its tensors; an option file says what it is'
+        lines.append(('network', unknown if spandrel_arch.UNKNOWN in str(error) else str(error)))
+    return lines
+
+
+def _format(path):
+    if checkpoint.is_safetensors(path):
+        return _SAFETENSORS
+    if path.suffix == '.onnx':
+        return _PROGRAMS[0]
+    if not zipfile.is_zipfile(path):
+        return 'PyTorch, a stream as before 1.6'
+    with zipfile.ZipFile(path) as archive:
+        script = any(name.endswith('/constants.pkl') for name in archive.namelist())
+    return _PROGRAMS[1] if script else 'PyTorch, a zip file'
+
+
+def _amount(weights):
+    """How many tensors, numbers, and of which types; what else there is."""
+    tensors = [value for value in weights.values() if torch.is_tensor(value)]
+    kinds = Counter(str(value.dtype).removeprefix('torch.') for value in tensors)
+    types = ', '.join(kind if len(kinds) == 1 else f'{kind} ({count})' for kind, count in kinds.items())
+    text = f'{len(tensors)} tensors, {sum(value.numel() for value in tensors):,} parameters and buffers, {types}'
+    foreign = checkpoint.foreign_in(weights)
+    return text + (f'; no tensors: {", ".join(foreign[:5])}' if foreign else '')
 
 
 def _snippet(entry):
@@ -232,13 +319,15 @@ def convert(source, target, key=None, prefix='', no_decoder=False, force=False):
         source: any file that `checkpoint.read_weights` reads.
         target: .pth ({'params': state dict}) or .safetensors.
         key: the entry with the weights, see `checkpoint.read_weights`.
-        prefix: keep the keys that start with it, without it.
+        prefix: keep the keys that start with it, without it. Where it is empty, a prefix of all keys that a program
+            which trains has put there is left out, see `spandrel_arch.without_wrapper`.
         no_decoder: drop a VQGAN's decoder.
         force: replace an existing target.
 
     Returns:
-        (entry used, keys kept, keys dropped). Of a VQGAN (which has a codebook, ``quantize.embedding.weight``)
-        encoder, codebook and decoder are kept, its discriminator and perceptual loss dropped; of others everything.
+        (entry used, with the prefix left out, keys kept, keys dropped). Of a VQGAN (which has a codebook,
+        ``quantize.embedding.weight``) encoder, codebook and decoder are kept, its discriminator and perceptual loss
+        dropped; of others everything.
 
     Raises:
         UserError: the source cannot be read or holds more than tensors, nothing is left, or the target exists.
@@ -248,9 +337,14 @@ def convert(source, target, key=None, prefix='', no_decoder=False, force=False):
         raise UserError(f'{target} should end in {" or ".join(_FORMATS)}')
     if target.exists() and (not force or target.resolve() == Path(source).resolve()):
         raise UserError(f'{target} exists; name another file' + ('' if force else ' or add --force'))
-    weights, used = checkpoint.read_weights(source, key)
-    if key is not None and used != key:
-        raise UserError(f"{source} has no entry '{key}'; found: {used}")
+    if prefix:
+        weights, used = checkpoint.read_weights(source, key, '--key')
+    else:
+        from dckd_sr.archs import spandrel_arch  # late: spandrel is slow to import
+
+        weights, used = checkpoint.read_entry(source, key, '--key')
+        weights, wrapper = spandrel_arch.without_wrapper(weights)
+        used += f', without {wrapper} before its names' if wrapper else ''
     kept = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
     parts = ('',)
     if 'quantize.embedding.weight' in kept:

@@ -15,7 +15,7 @@ import option_files
 import pytest
 import torch
 from basicsr.archs import build_network
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dckd_sr import checkpoint, option_keys, options, safe_yaml, zoo
 from dckd_sr import option_checks as checks
@@ -65,6 +65,102 @@ def test_other_networks_keep_everything(tmp_path):
     assert used == 'params' and list(kept) == list(weights)
     assert zoo.main(['convert', 'net.pth', '--prefix', 'net.', '-o', 'part.pth', '--key', 'params_ema']) == 0
     assert list(torch.load('part.pth', weights_only=True)['params']) == ['conv.weight', 'loss.weight']
+
+
+def edsr():
+    torch.manual_seed(0)
+    return build_network({'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2})
+
+
+@pytest.mark.parametrize(
+    'prefix, kept_prefix', [('net_g.', ''), ('module.', ''), ('_orig_mod.net_g.', ''), ('model.', ''), ('', '')]
+)
+def test_a_prefix_of_a_program_that_trains_is_left_out(capsys, prefix, kept_prefix):
+    weights = edsr().state_dict()
+    torch.save({'state_dict': {prefix + key: value for key, value in weights.items()}, 'epoch': 3}, 'light.ckpt')
+    assert zoo.main(['convert', 'light.ckpt']) == 0
+    assert list(torch.load('light_clean.pth', weights_only=True)['params']) == list(weights)
+    assert (f'without {prefix} before its names' in capsys.readouterr().out) is bool(prefix)
+
+
+@pytest.mark.parametrize('prefix, stays', [('model.', True), ('net_g.', False), ('body.', True), ('model.net.', False)])
+def test_a_prefix_that_is_a_name_of_the_network_stays(prefix, stays):
+    """Nobody knows this network: what only programs that train put there is left out, and no Sequential of the name."""
+    number = '0.' if stays else 'first.'
+    torch.save({f'{prefix}{number}{key}': torch.ones(1) for key in ('weight', 'bias')}, 'own.pth')
+    assert zoo.main(['convert', 'own.pth']) == 0
+    kept = list(torch.load('own_clean.pth', weights_only=True)['params'])
+    left = {'net_g.': '', 'model.net.': 'net.'}.get(prefix, prefix)
+    assert kept == [f'{left}{number}weight', f'{left}{number}bias']
+
+
+def shown(file, capsys):
+    assert zoo.main(['show', file]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [(line[:9].strip(), line[10:]) for line in lines]
+
+
+def test_show_says_what_a_file_is(capsys):
+    weights = edsr().state_dict()
+    named = {f'net_g.{key}': value for key, value in weights.items()}
+    half = {key: value.half() for key, value in named.items()}
+    content = {'params': named, 'params_ema': half, 'epoch': 3, 'args': argparse.Namespace(lr=1)}
+    torch.save(content, 'both.ckpt')
+    rest = 'num_feat: 8, num_block: 1, res_scale: 1, upscale: 2'
+    data, numbers = Path('both.ckpt').read_bytes(), sum(value.numel() for value in weights.values())
+    assert shown('both.ckpt', capsys) == [
+        ('file', 'both.ckpt'),
+        ('size', f'{len(data):,} bytes'),
+        ('sha256', hashlib.sha256(data).hexdigest()),
+        ('format', 'PyTorch, a zip file'),
+        ('entry', f'params: 12 tensors, {numbers:,} parameters and buffers, float32'),
+        ('entry', f'params_ema: 12 tensors, {numbers:,} parameters and buffers, float16'),
+        ('beside', 'epoch, args'),
+        ('code', 'named, and not run: argparse.Namespace'),
+        ('prefix', 'net_g. before all names of params_ema; left out where they are loaded'),
+        ('taken', 'params_ema, where no key is set'),
+        ('network', f'EDSR, x2, 3 to 3 channels; num_in_ch: 3, num_out_ch: 3, {rest}'),
+    ]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_show_of_files_of_every_kind(capsys):
+    net = torch.nn.Conv2d(1, 1, 1)
+    torch.save(net.state_dict(), 'bare.pth', _use_new_zipfile_serialization=False)
+    lines = shown('bare.pth', capsys)
+    assert ('format', 'PyTorch, a stream as before 1.6') in lines and (
+        'taken',
+        'bare weights, where no key is set',
+    ) in lines
+    assert lines[-1] == ('network', 'not told by its tensors; an option file says what it is')
+    save_file(net.state_dict(), 'net.safetensors', {'dckd_sr': '{"scale": 2}'})
+    lines = shown('net.safetensors', capsys)
+    assert ('format', 'safetensors') in lines and ('metadata', 'scale: 2') in lines
+    torch.jit.save(torch.jit.trace(net, torch.ones(1, 1, 4, 4)), 'net.pt')
+    assert ('format', 'TorchScript, a program') in shown('net.pt', capsys)
+    torch.save({'epoch': 0, 'iter': 8, 'optimizers': [], 'schedulers': []}, '8.state')
+    assert shown('8.state', capsys)[-1] == ('holds', 'the training state of iteration 8; no weights of networks')
+    torch.save({'params': {'w': torch.eye(2).to_sparse(), 'v': torch.ones(2)}}, 'sparse.pth')
+    assert any('no tensors: w (a sparse tensor)' in text for _, text in shown('sparse.pth', capsys))
+    torch.save({'state_dict': vqgan_weights()}, 'vqgan.ckpt')
+    assert shown('vqgan.ckpt', capsys)[-1] == ('network', 'VQGAN, which network_vqgan describes')
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('absent.pth', 'absent.pth is not there; expected a file with weights'),
+        ('folder', 'folder is a folder; expected a file with weights'),
+        ('page.pth', 'page.pth is a web page, not a checkpoint: the download failed'),
+        ('EDSR_x9', 'the zoo has no EDSR_x9'),
+    ],
+)
+def test_show_of_no_weights(tmp_path, capsys, name, message):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'page.pth').write_text('<html>')
+    assert zoo.main(['show', name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {message}') and error.count('\n') == 1
 
 
 def test_views_are_written_alone(tmp_path):

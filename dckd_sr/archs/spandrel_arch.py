@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import math
 import re
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -146,7 +146,8 @@ def _descriptor(weights, path):
     known = (named for named, _ in checkpoint.prefixes(weights) if _is_spandrels(library, named))
     weights = next(known, weights)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch, about lines of archs that a user cannot change
             descriptor = library.ModelLoader('cpu').load_from_state_dict(weights)
     except library.UnsupportedModelError as error:
         raise UserError(f'{path} {UNKNOWN}; its first keys are {", ".join(list(weights)[:3])}') from error
@@ -168,15 +169,15 @@ def without_wrapper(weights):
 
     Returns:
         (state dict, prefix that was left out): the first under whose names an arch is recognised; else without
-        ``net_g.`` and ``model.``, unless numbers follow, as in a Sequential of this name.
+        ``module.``, ``_orig_mod.``, ``net_g.`` and ``model.``, unless numbers follow, as in a Sequential of this name.
     """
     import spandrel as library  # late: few runs need it
 
     found = list(checkpoint.prefixes(weights))
     for named, prefix in found:
-        if infer(named) is not None or _is_spandrels(library, named):
+        if _infer(named) is not None or _is_spandrels(library, named):
             return named, prefix
-    plain = [pair for pair in found if re.fullmatch(r'((net_g|model)\.)*', pair[1])]
+    plain = [pair for pair in found if re.fullmatch(r'((module|_orig_mod|net_g|model)\.)*', pair[1])]
     return next(pair for pair in reversed(plain) if not re.match(r'\d', next(iter(pair[0]), '')))
 
 
@@ -214,10 +215,14 @@ def infer(weights):
     Returns:
         (`Description`, weights with the names that the arch has, without a prefix of them all), or None.
     """
-    readers = (_edsr_pytorch, _rcan, _edsr, _msrresnet, _nafnet, _restormer)
-    for reader, (named, _) in itertools.product(readers, checkpoint.prefixes(weights)):
+    return next(filter(None, (_infer(named) for named, _ in checkpoint.prefixes(weights))), None)
+
+
+def _infer(weights):
+    """As `infer`, of names as they are."""
+    for reader in (_edsr_pytorch, _rcan, _edsr, _msrresnet, _nafnet, _restormer):
         try:
-            found = reader(named)
+            found = reader(weights)
         except (KeyError, IndexError, ValueError, ZeroDivisionError):
             continue  # a part of its names is there by chance
         if found is not None:
