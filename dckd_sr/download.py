@@ -33,6 +33,8 @@ TIMEOUT = 30  # seconds without a byte
 ATTEMPTS = 3  # transfers that bring nothing new, before giving up
 PAUSE = 1.0  # seconds between them
 _CHUNK = 2**20
+_RATIO, _FREE = 100, 2**26  # so many times its size, and so many bytes, an archive may unpack to: images take far less
+_LONGEST = 2**20  # bytes of a file's name and attributes in a tar file
 _FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 _NETWORK = (ConnectionError, TimeoutError, socket.timeout, ssl.SSLError)
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, RuntimeError)
@@ -355,8 +357,8 @@ def unpack(archive, folder, members=None, progress=True):
 
     Raises:
         UserError: not an archive, damaged, encrypted, without one of the members, or with entries that are no plain
-            files inside the folder (``..``, absolute paths, links, devices), found before anything is written; or the
-            folder cannot be written.
+            files inside the folder (``..``, absolute paths, links, devices) or claim a hundred times the archive's
+            size or more than the disk has, found before anything is written; or the folder cannot be written.
     """
     archive, folder = Path(archive), Path(folder)
     try:
@@ -368,9 +370,14 @@ def unpack(archive, folder, members=None, progress=True):
                 raise UserError(f'{archive} has no {absent}')
             result = []
             chosen = [(path, *entry[1:]) for path, entry in zip(inside, entries) if path in wanted]
+            needed = sum(size for path, size, _ in chosen if not _is_whole(folder / path, size))
+            place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+            if needed > (free := shutil.disk_usage(place).free):
+                there = f'it needs {_amount(needed)}, the disk has {_amount(free)} free'
+                raise UserError(f'cannot unpack {archive} to {folder}: {there}')
             for path, size, open_member in tqdm(chosen, archive.name, disable=not progress, unit='file'):
                 target = folder / path
-                if not (target.is_file() and target.stat().st_size == size):
+                if not _is_whole(target, size):
                     _extract(open_member, target)
                 result.append(target)
             return result
@@ -391,12 +398,42 @@ def _opened(archive):
         raise UserError(f'{archive} is {"a folder" if archive.is_dir() else "not there"}; expected an archive')
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
-            yield [_zip_entry(archive, file, info) for info in file.infolist()]
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as file:
-            yield [_tar_entry(archive, file, info) for info in file.getmembers()]
-    else:
-        raise UserError(f'{archive} is no zip or tar file')
+            yield list(_bounded(archive, (_zip_entry(archive, file, info) for info in file.infolist())))
+        return
+    try:
+        file = tarfile.open(archive, tarinfo=type('_Header', (_Header,), {'archive': archive}))
+    except tarfile.ReadError as error:
+        raise UserError(f'{archive} is no zip or tar file, or damaged') from error
+    with file:
+        # One by one: to reach the next header is to unpack what is before it.
+        yield list(_bounded(archive, (_tar_entry(archive, file, info) for info in file)))
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar file, refused where its name or attributes, which are read at once, would fill the memory."""
+
+    archive: Path
+
+    @classmethod
+    def frombuf(cls, *args, **kwargs):
+        header = super().frombuf(*args, **kwargs)
+        if not header.isreg() and not header.isdir() and header.size > _LONGEST:
+            raise UserError(f'{cls.archive} is refused: a header claims {_amount(header.size)} of attributes')
+        return header
+
+
+def _bounded(archive, entries):
+    """The entries, until they claim more than an archive of images or weights unpacks to."""
+    size, total = archive.stat().st_size, 0
+    for entry in entries:
+        total += entry[1] if entry is not None else 0
+        if total > _RATIO * size + _FREE:
+            raise UserError(f'{archive} is refused: its {_amount(size)} unpack to {_amount(total)} or more')
+        yield entry
+
+
+def _is_whole(target, size):
+    return target.is_file() and target.stat().st_size == size
 
 
 def _zip_entry(archive, file, info):

@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -386,6 +387,42 @@ def test_zip_links_are_refused():
         file.writestr(info, '/etc/hostname')
     with pytest.raises(UserError, match='link is a link or a device'):
         download.unpack('a.zip', 'out', progress=False)
+
+
+@pytest.mark.parametrize('kind', ['zip', 'w:gz', 'w:bz2'])
+def test_archives_that_unpack_to_far_more_than_they_are_are_refused(kind, monkeypatch):
+    """Found in the table of a zip file; of a tar file before more of it is unpacked than the bound."""
+    monkeypatch.setattr(download, '_FREE', 1000)
+    if kind == 'zip':
+        make_zip('archive', **{f'{i}.txt': 'x' * 100_000 for i in range(20)})
+    else:
+        make_tar('archive', *(entry(f'{i}.txt', size=100_000) for i in range(20)), mode=kind)
+    size = Path('archive').stat().st_size
+    with pytest.raises(UserError, match=r'archive is refused: its \S+ unpack to \S+ or more'):
+        download.unpack('archive', 'out', progress=False)
+    assert files() == ['archive'] and size < 20_000
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(monkeypatch):
+    make_zip('a.zip', one='1' * 50, two='2' * 50)
+    monkeypatch.setattr(download.shutil, 'disk_usage', lambda path: SimpleNamespace(free=60))
+    with pytest.raises(UserError, match='cannot unpack a.zip to out/deep: it needs 100B, the disk has 60.0B free'):
+        download.unpack('a.zip', 'out/deep', progress=False)
+    assert files() == ['a.zip']
+    download.unpack('a.zip', 'out', ['one'], progress=False)
+    download.unpack('a.zip', 'out', progress=False)  # needs the other one alone
+
+
+def test_tar_headers_that_would_fill_the_memory_are_refused():
+    with tarfile.open('a.tar', 'w:gz', format=tarfile.PAX_FORMAT, pax_headers={'comment': 'x' * 2**21}) as file:
+        file.addfile(entry('one', size=1), io.BytesIO(b'x'))
+    with pytest.raises(UserError, match='a.tar is refused: a header claims .* of attributes'):
+        download.unpack('a.tar', 'out', progress=False)
+    info = entry('n' * 2**21, size=1)
+    with tarfile.open('b.tar', 'w:gz', format=tarfile.GNU_FORMAT) as file:
+        file.addfile(info, io.BytesIO(b'x'))
+    with pytest.raises(UserError, match='claims .* of attributes'):
+        download.unpack('b.tar', 'out', progress=False)
 
 
 def test_damaged_archives():
