@@ -615,6 +615,38 @@ def _(run):
     run.opt['path']['param_key_t'] = 'params_ema'
 
 
+@mistake('bare weights where `param_key_t` is set')
+def _(run):
+    torch.save(torch.load('teacher.pth', weights_only=True)['params'], 'teacher.pth')
+    run.opt['path']['param_key_t'] = 'params'
+
+
+@mistake('a file of two networks as weights')
+def _(run):
+    weights = torch.load('teacher.pth', weights_only=True)['params']
+    torch.save({'a': weights, 'b': weights}, 'teacher.pth')
+
+
+@mistake('weights with a prefix of their own beside others')
+def _(run):
+    weights = torch.load('teacher.pth', weights_only=True)['params']
+    both = {f'{name}.{key}': value for name in ('net_g', 'net_d') for key, value in weights.items()}
+    torch.save({'params': both}, 'teacher.pth')
+
+
+@mistake('compressed weights')
+def _(run):
+    with zipfile.ZipFile('teacher.pth') as old, zipfile.ZipFile('small.pth', 'w', zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    os.replace('small.pth', 'teacher.pth')
+
+
+@mistake('sparse weights')
+def _(run):
+    torch.save({'params': {'conv.weight': torch.eye(2).to_sparse()}}, 'teacher.pth')
+
+
 @mistake('a list as weights')
 def _(run):
     torch.save([1, 2], 'teacher.pth')
@@ -675,6 +707,12 @@ def _(run):
 def _(run):
     Path('notes.pth').write_text('no weights')
     run.command, run.arguments = 'zoo', ['convert', 'notes.pth']
+
+
+@mistake('`zoo show` of a file that is no checkpoint')
+def _(run):
+    Path('notes.pth').write_text('no weights')
+    run.command, run.arguments = 'zoo', ['show', 'notes.pth']
 
 
 @mistake('`zoo get` of an unknown name')
