@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from dckd_sr.errors import one_line
+
 _NEEDED = ('torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'lmdb', 'PIL', 'pydantic', 'yaml', 'safetensors')
 _NEEDED += ('skimage', 'scipy', 'spandrel', 'tqdm')
 _OLDEST = (3, 9)
@@ -22,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        super().error(message + self.hint(message))
+        super().error(one_line(message + self.hint(message)))
 
     def hint(self, message):
         """' (did you mean -opt my.yml?)' for a message of argparse, or ''."""
@@ -113,7 +115,7 @@ def explain(error):
 
 
 def _leave(text):
-    print(f'error: {text}', file=sys.stderr)
+    print(f'error: {one_line(text)}', file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -129,7 +131,7 @@ def _command():
     if program == '-m':  # python still looks for the module; its name is known since 3.10
         words = getattr(sys, 'orig_argv', [])
         module = words[words.index('-m') + 1] if '-m' in words else ''
-        return module.rpartition('dckd_sr.')[2] if module.startswith('dckd_sr.') else None
+        return module.rpartition('dckd_sr.')[2] if module.startswith('dckd_sr.') or module == 'dckd_sr' else None
     path = Path(program)
     if path.suffix == '.py' and path.resolve().parent == Path(__file__).resolve().parent:
         return path.stem

@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, one_line
 
 # PyYAML follows YAML 1.1, where a float needs a point and its exponent a sign; these are YAML 1.2's.
 _FLOAT = re.compile(r'[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z')
@@ -23,8 +23,8 @@ class YAMLError(UserError):
     """
 
     def __init__(self, problems):
-        self.problems = problems
-        super().__init__('\n'.join(problems))
+        self.problems = [one_line(problem) for problem in problems]
+        super().__init__('\n'.join(self.problems))
 
 
 class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):

@@ -102,6 +102,12 @@ def test_an_option_file_out_of_place(command, arguments, hint, capsys):
     assert 'error: ' in last and re.findall(r'\(did you mean (.*)\?\)', last) == ([hint] if hint else [])
 
 
+def test_words_with_a_line_break_stay_on_one_line(capsys):
+    train = importlib.import_module('dckd_sr.train')
+    assert train.main(['-opt', 'a.yml', 'two\nlines']) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == r'dckd-train: error: unrecognized arguments: two\nlines'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Outside the environment
 
@@ -134,6 +140,11 @@ def test_outside_the_environment(argv, tmp_path):
     error, code = bare_python(tmp_path, argv)
     assert code == 2 and error.count('\n') == 1, error
     assert error.startswith(f'error: {sys.executable} does not have torch, torchvision, basicsr, cv2 and 1 more: ')
+
+
+def test_the_package_itself(tmp_path):
+    error, code = bare_python(tmp_path, ['-m', 'dckd_sr'])
+    assert code == 2 and error.startswith('error: ') and error.count('\n') == 1
 
 
 def test_one_package_is_missing(tmp_path):

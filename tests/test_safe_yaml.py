@@ -120,3 +120,9 @@ def test_a_text_of_too_many_levels_or_values_does_not_end_the_process():
     bomb = 'a0: &a0 [1, 1]\n' + ''.join(f'a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n' for n in range(1, 30))
     with pytest.raises(safe_yaml.YAMLError, match='more than 100000 values'):
         safe_yaml.parse(bomb)
+
+
+def test_a_problem_is_one_line():
+    with pytest.raises(safe_yaml.YAMLError) as error:
+        safe_yaml.parse('a: !!int "x\\ny"\n"b\\nc": 1\n"b\\nc": 2\n')
+    assert len(error.value.problems) == 2 and all(problem.isprintable() for problem in error.value.problems)
