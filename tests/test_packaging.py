@@ -105,7 +105,7 @@ def test_every_imported_package_is_required(setup_arguments):
     standard = set(sys.stdlib_module_names) if sys.version_info >= (3, 10) else set(sys.builtin_module_names)
     if sys.version_info < (3, 10):
         pytest.skip('Python 3.9 cannot name its standard library')
-    known = set(requirements(setup_arguments, extras=('report', 'onnx')))
+    known = set(requirements(setup_arguments, extras=('report', 'onnx', 'heif')))
     used = {canonicalize_name(MODULES.get(name, name)) for name in imported(ROOT / 'dckd_sr') - standard - {'dckd_sr'}}
     assert used <= known | {'setuptools'}, used - known
     declared = {canonicalize_name(name) for name in known} - used
