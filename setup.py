@@ -58,7 +58,7 @@ setup(
         'lint': ['ruff>=0.6'],
         'report': ['jinja2>=3.0', 'matplotlib>=3.7'],
         'heif': ['pillow-heif>=0.16'],
-        'onnx': ['onnx>=1.19', 'onnxruntime>=1.19'],
+        'onnx': ['onnx>=1.19', 'onnxruntime>=1.19', 'onnxscript>=0.3'],
     },
     cmdclass={'build_py': BuildWithShippedFiles},
     entry_points={

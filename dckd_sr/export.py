@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from dckd_sr.commands import Parser
 from dckd_sr.data import pair_sizes
 from dckd_sr.errors import UserError, entry_point, reason
 from dckd_sr.evaluation import score, tensor2bgr
-from dckd_sr.exportable import Exportable
+from dckd_sr.exportable import Exportable, SizeFree, recorded
 from dckd_sr.inference import infer
 from dckd_sr.model_files import (
     METADATA,
@@ -55,6 +56,8 @@ SIZES = ((61, 94), (104, 75))  # height and width of the check's images: neither
 SMALL_SIZES = ((21, 38), (44, 27))  # where torch computes float16 on a CPU, which is slow
 PHOTOGRAPH = Path(skimage.__file__).parent / 'data' / 'chelsea.png'
 TOLERANCE = 0.1 / 255  # of float32: more is a network that was exported wrongly, not rounding
+LEAST_OF_HALF = 35  # dB of float16: less is more than rounding
+_LONGEST = 300  # characters of torch's messages, which may hold a whole network
 _EXAMPLE = (2, 48, 40)  # batch, height, width of the image that export records with
 _OPSET = 17
 _TIMED = 128  # side of the image that is timed
@@ -85,6 +88,11 @@ def _parser():
     add('--calibration', metavar='FOLDER', help='images as the network will get them (LQ), some 10 to 100')
     add('--image', help='what the export is checked on; default: a photograph of scikit-image')
     add('--test', nargs=2, metavar=('LQ', 'GT'), help='folders of pairs: PSNR of float32 and of the exported file')
+    add(
+        '--size',
+        metavar='HxW',
+        help='for images of one LQ size alone, which some networks need; others are tiled to it',
+    )
     add('--force', action='store_true', help='replace FILE if it exists')
     return parser
 
@@ -101,10 +109,11 @@ def run(args: argparse.Namespace) -> Path:
     target = _target(args)
     pairs = _pairs(*args.test) if args.test else []
     calibration = _calibration(args.calibration) if args.int8 else []
-    check = pictures.read(args.image or PHOTOGRAPH).pixels
-    least = [max(sides) for sides in zip(*SIZES)]
-    if any(have < wanted for have, wanted in zip(check.shape, least)):
+    check, size = pictures.read(args.image or PHOTOGRAPH).pixels, _size(args)
+    least = [max(sides) for sides in zip(*([size] if size else SIZES))]
+    if args.image and any(have < wanted for have, wanted in zip(check.shape, least)):
         raise UserError(f'--image {args.image}: at least {least[1]}x{least[0]} px are needed for the check')
+    check = _fitted(check, least, None)
     model = load(args.checkpoint, args.opt, args.network, args.param_key)
     if not isinstance(model.run, torch.nn.Module):
         raise UserError(f'{args.checkpoint} is an exported file; expected a checkpoint')
@@ -115,35 +124,51 @@ def run(args: argparse.Namespace) -> Path:
     model.arch = describe_arch(args.checkpoint, model.arch, args.param_key)
     precision = 'float16' if args.half else 'int8' if args.int8 else 'float32'
     print(f'network     {model.about}, {sum(p.numel() for p in model.run.parameters()):,} parameters')
-    told = model.metadata(precision)
-    plain = None
+    told, plain = model.metadata(precision, size), None
+    slow = args.half and args.to == 'torchscript'
+    sizes = [size] if size else SMALL_SIZES if slow else SIZES
     if args.to == 'safetensors':
         content = _safetensors(model, args.half, told)
         exported, theirs = _from_safetensors(content, model)
     elif args.to == 'torchscript':
-        content = _torchscript(model, args.half, told)
+        content = _torchscript(model, args.half, told, size)
         exported = ScriptNetwork(io.BytesIO(content), CPU)
     else:
-        content = _onnx(model, args.half, told)
+        content, exported = _onnx(model, args.half, told, check, sizes, size)
         if args.int8:
-            plain = OnnxNetwork(content, CPU)
-            _compare(model, plain, check, 'float32')
-            content = _int8(content, [_channels(image, model.channels) for image in calibration])
-        exported = OnnxNetwork(content, CPU)
+            plain = exported
+            images = [
+                _channels(_fitted(image, size or (model.smallest_side,) * 2, size), model.channels)
+                for image in calibration
+            ]
+            content = _int8(content, images)
+            exported = OnnxNetwork(content, CPU)
     with torch.inference_mode():
-        slow = args.half and args.to == 'torchscript'
-        _compare(model, exported, check, precision, SMALL_SIZES if slow else SIZES)
+        if args.to != 'onnx' or args.int8:
+            _tell(_compare(model, exported, check, precision, sizes))
         if slow:
             print('speed       torch computes float16 on GPUs; on a CPU it takes many times as long')
         elif args.to == 'safetensors':
             _open_in_spandrel(model, theirs, check)
         else:
-            _speed(model, [plain, exported] if plain else [exported], precision)
+            _speed(model, [plain, exported] if plain else [exported], precision, size)
         if pairs:
             _cost(model, exported, pairs, precision)
     size, _ = checkpoint.write(content, target)
     print(f'written     {target} ({size / 1e6:.2f} MB)')
     return target
+
+
+def _size(args):
+    """(height, width) of --size, or None."""
+    if args.size is None:
+        return None
+    found = re.fullmatch(r'(\d{1,5})x(\d{1,5})', args.size)
+    if not found or not min(int(side) for side in found.groups()):
+        raise UserError(f'--size {args.size}: expected height and width in LQ pixels, such as 64x64')
+    if args.to == 'safetensors':
+        raise UserError(f'--size {args.size} --to safetensors: weights are for any size')
+    return int(found[1]), int(found[2])
 
 
 def _target(args):
@@ -197,52 +222,119 @@ def _from_safetensors(content, model):
     return again.run, theirs
 
 
-def _example(model):
-    batch, height, width = _EXAMPLE
-    return torch.full((batch, model.channels, height, width), 0.5)
+def _example(model, size):
+    batch, *sides = (1, *size) if size else _EXAMPLE
+    return torch.full((batch, model.channels, *(max(side, model.smallest_side) for side in sides)), 0.5)
 
 
-def _torchscript(model, half, told):
+def _torchscript(model, half, told, size):
     net, file = Exportable(model.run, model.scale, half), io.BytesIO()
-    with torch.no_grad(), _quiet('TorchScript'):
-        traced = torch.jit.trace(net, _example(model), check_trace=False)
+    with torch.no_grad(), _quiet('TorchScript', size), recorded():
+        traced = torch.jit.trace(net, _example(model, size), check_trace=False)
         torch.jit.save(traced, file, _extra_files={SCRIPT_METADATA: told})
     return file.getvalue()
 
 
-def _onnx(model, half, told):
+def _onnx(model, half, told, check, sizes, size):
+    """The file and its network, recorded by the faster of torch's exporters, or where it cannot by the other one."""
+    try:
+        content = _record(model, half, size)
+    except UserError as error:
+        if 'dynamo' not in inspect.signature(torch.onnx.export).parameters:
+            raise
+        if importlib.util.find_spec('onnxscript') is None:
+            raise UserError(f"{error}; torch's other exporter may, with pip install onnxscript") from error
+        print(f'onnx        {error}')
+        print("            torch's other exporter is tried, which may take minutes", flush=True)
+        try:
+            content = _record_otherwise(model, half, size)
+        except UserError:
+            raise error from None  # it is about an operation; the other's are about torch's own graph
+    content = _described(content, model, told, size)
+    exported = OnnxNetwork(content, CPU)
+    with torch.inference_mode():
+        _tell(_compare(model, exported, check, 'float16' if half else 'float32', sizes))
+    return content, exported
+
+
+def _record(model, half, size):
+    net, file, axes = Exportable(model.run, model.scale, half), io.BytesIO(), {0: 'batch', 2: 'height', 3: 'width'}
+    options = {
+        'input_names': ['lq'],
+        'output_names': ['sr'],
+        'dynamic_axes': None if size else {'lq': axes, 'sr': axes},
+    }
+    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
+        options['dynamo'] = False
+    with torch.no_grad(), _quiet('ONNX', size), recorded(), SizeFree():
+        torch.onnx.export(net, (_example(model, size),), file, opset_version=_OPSET, **options)
+    return file.getvalue()
+
+
+def _record_otherwise(model, half, size):
+    net, any_size = Exportable(model.run, model.scale, half), torch.export.Dim.DYNAMIC
+    shapes = None if size else ({0: any_size, 2: any_size, 3: any_size},)
+    options = {'input_names': ['lq'], 'output_names': ['sr'], 'dynamic_shapes': shapes, 'verbose': False}
+    with torch.no_grad(), _quiet('ONNX', size), recorded():
+        program = torch.onnx.export(net, (_example(model, size),), dynamo=True, opset_version=_OPSET + 1, **options)
+        return program.model_proto.SerializeToString()
+
+
+def _described(content, model, told, size):
     import onnx
 
-    net, file, axes = Exportable(model.run, model.scale, half), io.BytesIO(), {0: 'batch', 2: 'height', 3: 'width'}
-    options = {'input_names': ['lq'], 'output_names': ['sr'], 'dynamic_axes': {'lq': axes, 'sr': axes}}
-    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
-        # All torches that we support have this exporter, and its newer relative takes 20 times as long.
-        options['dynamo'] = False
-    with torch.no_grad(), _quiet('ONNX'):
-        torch.onnx.export(net, (_example(model),), file, opset_version=_OPSET, **options)
-        proto = onnx.load_from_string(file.getvalue())
+    proto = onnx.load_from_string(content)
     sizes = proto.graph.output[0].type.tensor_type.shape.dim
     sizes[1].dim_value = model.channels
-    for axis, name in ((2, 'height'), (3, 'width')):
+    for axis, name in ((2, 'height'), (3, 'width')) if not size else ():
         sizes[axis].dim_param = f'{name} x {model.scale}'
     onnx.helper.set_model_props(proto, {METADATA: told})
     return proto.SerializeToString()
 
 
 @contextlib.contextmanager
-def _quiet(what):
-    """Without the exporters' progress and advice on their own code; what they cannot do, in one line."""
-    logger, printed = logging.getLogger('torch.onnx'), io.StringIO()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _quiet(what, size):
+    """Without the exporters' progress and advice on their own code; what they cannot do, in one short line."""
+    loggers = [logging.getLogger(name) for name in ('torch', 'torch.onnx', 'onnxscript')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with warnings.catch_warnings(), _muted():
             warnings.simplefilter('ignore')
             yield
     except Exception as error:  # of the operations of any network, whatever export makes of them
-        raise UserError(f'this network cannot be exported to {what}: {reason(error)}') from error
+        text = reason(error).partition(' [Caused by')[0].partition('. Please feel free')[0]
+        text = text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'
+        hint = _hint(size) if re.search(r'siz|shape|constant|dynamic', text) else ''
+        raise UserError(f'this network cannot be exported to {what}: {text}{hint}') from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _muted():
+    """Nothing reaches the process's own streams: torch's C++ part prints the graph of a network that fails there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    printed = io.StringIO()
+    with open(os.devnull, 'w') as nowhere, contextlib.ExitStack() as back:
+        for stream in (1, 2):
+            with contextlib.suppress(OSError):  # there is none
+                back.callback(_give_back, os.dup(stream), stream)
+                os.dup2(nowhere.fileno(), stream)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+
+
+def _give_back(kept, stream):
+    os.dup2(kept, stream)
+    os.close(kept)
+
+
+def _hint(size):
+    return '' if size else '; --size HxW exports it for images of one size'
 
 
 def _int8(content, images):
@@ -312,13 +404,14 @@ def _crops(pixels, scale, sizes):
         yield imresize(part, 1 / factor) if factor > 1 else part
 
 
-def _compare(model, exported, pixels, precision, sizes=SIZES):
-    """Print how far the exported network is from torch's on two sizes.
+def _compare(model, exported, pixels, precision, sizes):
+    """How far the exported network is from torch's, in lines to print.
 
     Raises:
         UserError: further than its precision explains.
     """
-    worst = 0
+    worst, least, lines = 0, math.inf, []
+    fixed = exported.fixed_size if hasattr(exported, 'fixed_size') else None
     for part in _crops(pixels, model.scale, sizes):
         lq = _channels(part, model.channels)
         expected = infer(model.run, lq, model.scale)
@@ -326,15 +419,21 @@ def _compare(model, exported, pixels, precision, sizes=SIZES):
         if found.shape != expected.shape or not torch.isfinite(found).all():
             raise UserError(f'the exported network fails on {lq.shape[3]}x{lq.shape[2]}; nothing was written')
         difference = (found - expected).abs().max().item()
-        worst = max(worst, difference)
         psnr = 10 * math.log10(1 / max((found - expected).square().mean().item(), 1e-30))
+        worst, least = max(worst, difference), min(least, psnr)
         words = f'differs from torch in float32 by at most {difference * 255:.2g} of 255, {psnr:.1f} dB'
-        print(f'{precision:<11} {lq.shape[3]}x{lq.shape[2]}: {words if difference else "equal to torch in float32"}')
-    if precision == 'float32' and worst > TOLERANCE:
+        words = words if difference else 'equal to torch in float32'
+        lines.append(f'{precision:<11} {lq.shape[3]}x{lq.shape[2]}: {words}')
+    if (precision == 'float32' and worst > TOLERANCE) or (precision == 'float16' and least < LEAST_OF_HALF):
         raise UserError(
             f'the exported network differs from torch by {worst * 255:.2g} of 255, more than rounding: its operations '
-            'depend on the size of the image; nothing was written'
+            f'depend on the size of the image; nothing was written{_hint(fixed)}'
         )
+    return lines
+
+
+def _tell(lines):
+    print(*lines, sep='\n')
 
 
 def _open_in_spandrel(model, theirs, pixels):
@@ -348,9 +447,10 @@ def _open_in_spandrel(model, theirs, pixels):
     print(f'spandrel    opens it as {theirs.architecture.name}; differs from torch by at most {worst:.2g} of 255')
 
 
-def _speed(model, files, precision):
+def _speed(model, files, precision, size):
     """Print medians of alternating runs, torch's float32 among them, on this machine's CPU."""
-    lq = torch.rand(1, model.channels, _TIMED, _TIMED, generator=torch.Generator().manual_seed(0))
+    height, width = size or (_TIMED, _TIMED)
+    lq = torch.rand(1, model.channels, height, width, generator=torch.Generator().manual_seed(0))
     nets = [('torch float32', model.run), *zip(['onnx float32', f'this file ({precision})'][-len(files) :], files)]
     seconds = {name: [] for name, _ in nets}
     for turn, (name, net) in itertools.product(range(4), nets):
@@ -359,7 +459,7 @@ def _speed(model, files, precision):
         if turn:  # the first one prepares
             seconds[name].append(time.perf_counter() - start)
     listed = ', '.join(f'{name} {statistics.median(values):.3f} s' for name, values in seconds.items())
-    print(f'speed       {_TIMED}x{_TIMED} on {torch.get_num_threads()} CPU threads: {listed}')
+    print(f'speed       {width}x{height} on {torch.get_num_threads()} CPU threads: {listed}')
 
 
 def _cost(model, exported, pairs, precision):
@@ -384,11 +484,19 @@ def _calibration(folder):
     """Up to 32 images of a folder, evenly spread, of each the middle 256 x 256."""
     count, side = _CALIBRATION
     paths, images = pictures.list_folder(folder), []
-    for path in paths[:: max(1, len(paths) // count)][:count]:
+    spread = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    for path in (paths[index] for index in spread):
         pixels = pictures.read(path).pixels
         top, left = (max(0, (have - side) // 2) for have in pixels.shape[:2])
         images.append(pixels[top : top + side, left : left + side])
     return images
+
+
+def _fitted(pixels, least, exactly):
+    """An image that a network takes: mirrored to the smallest size, cut to the one size of ``exactly``."""
+    missing = [max(0, wanted - have) for have, wanted in zip(pixels.shape, least)]
+    pixels = np.pad(pixels, [(0, missing[0]), (0, missing[1]), (0, 0)], mode='symmetric')
+    return pixels[: exactly[0], : exactly[1]] if exactly else pixels
 
 
 def _pairs(lq_folder, gt_folder):

@@ -59,7 +59,8 @@ def infer(
         lq: (B, C, h, w).
         window_size: h and w are padded to multiples of it and of `padding_of` the network, at the bottom and right,
             mirrored as BasicSR's SwinIRModel does (the border pixel repeated where the image is smaller than the
-            padding), and cropped after. The same is done to images below the network's ``smallest_side``.
+            padding), and cropped after. The same is done to images below the network's ``smallest_side``. A network
+            with a ``fixed_size`` (height, width) gets tiles of it, whatever ``tile_size`` says.
         tile_size: side of the tiles in LQ pixels, rounded up to the network's grid; empty or 0: the whole image.
         tile_overlap: LQ pixels shared by neighbouring tiles, rounded up likewise; default a quarter of the tile, at
             most 32.
@@ -80,10 +81,13 @@ def infer(
         )
     height, width = lq.shape[-2:]
     window = math.lcm(window_size or 1, padding_of(net))
-    smallest = _round_up(getattr(net, 'smallest_side', 1), window)
-    lq = pad_to_multiple(lq, window, smallest)
+    smallest, fixed = _round_up(getattr(net, 'smallest_side', None) or 1, window), getattr(net, 'fixed_size', None)
+    lq = pad_to_multiple(lq, window, fixed or (smallest, smallest))
     forward = net if run is None else partial(run, net)
-    if not tile_size:
+    if fixed is not None:
+        overlap = min(32, min(fixed) // 4) if tile_overlap is None else min(tile_overlap, min(fixed) - 1)
+        out = _run_tiles(forward, lq, scale, fixed, overlap, 1, 1)
+    elif not tile_size:
         out = _run(forward, lq, scale)
     else:
         # NAFNet pads by itself, to multiples of padder_size: tiles must halve at the same pixels as the whole image.
@@ -98,7 +102,7 @@ def infer(
                 f'tile_overlap {tile_overlap} must be smaller than tile_size {tile_size} '
                 f'(in steps of {grid}, which the network needs: {overlap} and {tile})'
             )
-        out = _run_tiles(forward, lq, scale, tile, overlap, grid, tile_batch_size or 1)
+        out = _run_tiles(forward, lq, scale, (tile, tile), overlap, grid, tile_batch_size or 1)
     return out[..., : height * scale, : width * scale]
 
 
@@ -130,7 +134,7 @@ def _run_tiles(forward, x, scale, tile, overlap, grid, batch_size):
     """Weighted mean of the tiles; see `_ramp` for the weights."""
     height, width = x.shape[-2:]
     total, weights = None, None
-    spans = product(_spans(height, tile, overlap, grid), _spans(width, tile, overlap, grid))
+    spans = product(_spans(height, tile[0], overlap, grid), _spans(width, tile[1], overlap, grid))
     for tiles in _batches(spans, batch_size):
         outs = _run(forward, torch.cat([x[..., slice(*rows), slice(*columns)] for rows, columns in tiles]), scale)
         if total is None:

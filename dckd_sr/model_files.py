@@ -52,17 +52,18 @@ class Model:
     @property
     def smallest_side(self) -> int:
         """Smaller images are padded to it."""
-        return getattr(self.run, 'smallest_side', 1)
+        return getattr(self.run, 'smallest_side', None) or 1
 
     @property
     def grid(self) -> int:
         """Tiles start at multiples of it."""
         return math.lcm(padding_of(self.run), getattr(self.run, 'padder_size', 1))
 
-    def metadata(self, precision: str) -> str:
-        """What an exported file says about itself, as JSON."""
+    def metadata(self, precision: str, size: tuple[int, int] | None = None) -> str:
+        """What an exported file says about itself, as JSON; ``size`` where it is for images of one size."""
+        fixed = {'size': list(size)} if size else {}
         told = {'arch': self.arch, 'scale': self.scale, 'channels': self.channels, 'padder_size': self.grid}
-        return json.dumps({**told, 'smallest_side': self.smallest_side, 'precision': precision})
+        return json.dumps({**told, **fixed, 'smallest_side': self.smallest_side, 'precision': precision})
 
 
 def load(
@@ -327,7 +328,7 @@ class ScriptNetwork:
             raise UserError(f'no TorchScript file that this torch reads: {reason(error)}') from error
         self.told = checkpoint.parse_metadata(extra[SCRIPT_METADATA])
         self.channels, self.padder_size = self.told.get('channels', 3), _whole(self.told.get('padder_size'))
-        self.fixed_size = _sides(self.told.get('size'))
+        self.fixed_size, self.smallest_side = _sides(self.told.get('size')), None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         try:

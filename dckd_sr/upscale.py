@@ -22,7 +22,7 @@ from dckd_sr import checkpoint, pictures
 from dckd_sr.commands import Parser
 from dckd_sr.data.files import not_searched
 from dckd_sr.errors import UserError, entry_point, looked_in, out_of_memory, reason
-from dckd_sr.inference import infer
+from dckd_sr.inference import infer, padding_of
 from dckd_sr.model_files import Model, load
 from dckd_sr.ops.resize import imresize
 from dckd_sr.speed import Speed
@@ -189,6 +189,11 @@ def _one(image, target, model, args, speed, label):
     notes = picture.notes + pictures.losses(picture, target.suffix.lower())
     if tile and not args.tile:
         notes.append(f'in tiles of {tile}')
+    fixed, least = getattr(model.run, 'fixed_size', None), model.smallest_side
+    if fixed and (height, width) != fixed:
+        notes.append(f'in tiles of {fixed[1]}x{fixed[0]}, which the file is for')
+    elif not fixed and min(height, width) < least and least > padding_of(model.run):
+        notes.append(f'padded to {least} pixels, which the network needs')
     try:
         result = restore(picture, model, tile, args.overlap, speed, label)
     except UserError as error:
@@ -239,6 +244,7 @@ def restore(
         pixels = _fill_clear(pixels, picture.alpha)
     height, width, count = pixels.shape
     net, scale, speed = model.run, model.scale, speed or Speed({}, 'cpu')
+    tile = max(getattr(net, 'fixed_size', None) or (tile,))
     sizes = {'tile_size': tile, 'tile_overlap': overlap}
     result = np.empty((height * scale, width * scale, count), pixels.dtype)
     bands = _bands(height, width, model.grid, tile, overlap)

@@ -222,7 +222,7 @@ def test_mistakes(capsys):
 def test_the_page_shows_commands_that_are_understood():
     page = Path(export.__file__).parents[1] / 'docs' / 'shipping.md'
     lines = re.findall(r'^ {4}python -m dckd_sr\.(\w+) (.*)$', page.read_text(encoding='utf-8'), flags=re.M)
-    assert len(lines) == 7
+    assert len(lines) == 9
     for command, arguments in lines:
         {'export': export, 'upscale': upscale}[command]._parser().parse_args(arguments.split())
 
