@@ -488,7 +488,10 @@ def _first_look(model, val_loaders, opt):
         if net is not None:
             with logs.explained(f'{name} on {image}'):
                 result = evaluate(net, [batch], scale=scale, metrics={'psnr': metric}, device=model.device, **sizes)
-            psnr[name] = result.means.get('psnr', math.nan)
+            if 'psnr' not in result.means:
+                logs.logging.getLogger('basicsr').warning(f'No first look: {"; ".join(result.notes)}')
+                return None
+            psnr[name] = result.means['psnr']
     logs.logging.getLogger('basicsr').info(
         f'First look, PSNR of {image}: ' + ', '.join(f'{name} {value:.2f} dB' for name, value in psnr.items())
     )

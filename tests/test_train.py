@@ -136,6 +136,15 @@ def test_a_run_is_repeated_from_its_own_option_file(opt):
     assert same(weights('run', 1), torch.load(next(Path('experiments').glob('run_archived_*/models/net_g_1.pth'))))
 
 
+def test_a_first_look_at_an_image_without_psnr_says_why(opt, capsys):
+    opt['val']['metrics']['psnr']['crop_border'] = 24
+    opt['train'].update(total_iter=1, check_teacher=True)
+    assert train.main(['-opt', write(opt)]) == 0
+    printed = capsys.readouterr().out
+    assert 'No first look: psnr was not measured on any image: 0 (48x48x3) is too small for psnr' in printed
+    assert 'nan dB' not in printed and 'Set: psnr was not measured on any image' in printed
+
+
 def test_first_look_stops_a_teacher_below_bicubic(opt, capsys):
     del opt['train']['check_teacher']
     assert train.main(['-opt', write(opt)]) == 2
