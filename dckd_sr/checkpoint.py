@@ -218,6 +218,7 @@ def load_weights(net, weights, source, strict=True, option=None):
             if keys
         )
         fitting_keys = [key for key in own if key in weights and key not in shapes]
+        differences = _other_scale(weights, own, shapes, missing + unknown) + differences
         if strict or strict is None or not fitting_keys:
             advice = _advice(own, weights, source)
             role = re.fullmatch(r'path\.param_key_(\w+)', option or '')
@@ -269,6 +270,25 @@ def _advice(own, weights, source):
         if all(start + name in weights for name in own):
             file = str(source).rpartition(' (')[0] or source
             return f'; those that start with {start} fit: python -m dckd_sr.zoo convert {file} --prefix {start}'
+    return ''
+
+
+def _other_scale(weights, own, shapes, more):
+    """'of another scale, ...: ' where that is what differs, else ''.
+
+    Where the arch is recognised its layers tell the scales; else one layer does, if its outputs, which
+    PixelShuffle makes pixels of, are a square times as many.
+    """
+    from dckd_sr.archs import spandrel_arch  # which reads weights by this module
+
+    found = [spandrel_arch.infer(each) for each in (weights, own)]
+    if all(found) and found[0][0].type == found[1][0].type and found[0][0].scale != found[1][0].scale:
+        return f'of another scale, x{found[0][0].scale} instead of x{found[1][0].scale}: '
+    layers = {key.rpartition('.')[0]: weights[key].shape[0] / own[key].shape[0] for key in shapes if own[key].dim()}
+    same = all(weights[key].shape[1:] == own[key].shape[1:] for key in shapes)
+    pairs = [(a, b) for a in (1, 2, 3, 4, 8) for b in (1, 2, 3, 4, 8) if a != b]
+    if len(layers) == 1 and same and not more and any(set(layers.values()) == {a * a / (b * b)} for a, b in pairs):
+        return 'of another scale, it seems: '
     return ''
 
 

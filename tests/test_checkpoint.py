@@ -11,6 +11,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils import get_root_logger
+from basicsr.utils.registry import ARCH_REGISTRY
 from models.test_dckd_model import flat, options, step
 from safetensors.torch import save_file
 from torch import nn
@@ -364,3 +365,25 @@ def test_ranks_that_differ_save_nothing(monkeypatch):
     monkeypatch.setattr(checkpoint, '_gather', another)
     with pytest.raises(UserError, match='the ranks hold different net_g; nothing was saved'):
         checkpoint.check_equal(model)
+
+
+@pytest.mark.parametrize(
+    'kind, options, said',
+    [
+        ('EDSR', {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1}, 'x2 instead of x4: '),
+        ('MSRResNet', {'num_feat': 8, 'num_block': 1}, 'x2 instead of x4: '),
+        ('SwinIR', {'img_size': 8, 'depths': [2], 'num_heads': [2], 'embed_dim': 8, 'window_size': 4}, 'it seems: '),
+    ],
+)
+def test_weights_of_another_scale(kind, options, said, tmp_path):
+    options = {**options, **({'upsampler': 'pixelshuffledirect'} if kind == 'SwinIR' else {})}
+    two, four = (ARCH_REGISTRY.get(kind)(**options, upscale=scale) for scale in (2, 4))
+    path = tmp_path / 'two.pth'
+    torch.save({'params': two.state_dict()}, path)
+    with pytest.raises(UserError, match=f'does not fit this {kind}: of another scale, {said}'):
+        checkpoint.load_network(four, str(path))
+    wider = {**options, 'num_feat': 16} if 'num_feat' in options else {**options, 'embed_dim': 12}
+    torch.save({'params': ARCH_REGISTRY.get(kind)(**wider, upscale=4).state_dict()}, path)
+    with pytest.raises(UserError, match=f'does not fit this {kind}') as error:
+        checkpoint.load_network(four, str(path))
+    assert 'another scale' not in str(error.value)
