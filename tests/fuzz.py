@@ -43,7 +43,7 @@ LIMIT = 10  # seconds for a case
 MEMORY = 4 << 30  # bytes that a case may take
 OUTPUTS = ('experiments', 'results', 'tb_logger')
 # What a case may write besides: Python's caches, devices, the sockets of loader processes.
-_ELSEWHERE = re.compile(r'__pycache__|^/dev/|/pymp-|/torch_\w+$')
+_ELSEWHERE = re.compile(r'__pycache__|^/dev/|/pymp-|/torch(inductor)?_\w+$')
 # Mistakes of ours that a general handler could hide in a neat line.
 _BUG = re.compile(r'\b(?:Attribute|Name|UnboundLocal|Recursion|Assertion|Import|Key)Error\b')
 
