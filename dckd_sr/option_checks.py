@@ -381,6 +381,7 @@ def _argument_problem(parameter, value, values):
         'size': (_numbers([value]) or _numbers(value), 'a number'),
         'list': (isinstance(value, list), 'a list'),
         'text': (isinstance(value, str), 'text'),
+        'number or null': (value is None or _numbers([value]), 'a number, or null'),
         None: (True, ''),
     }[argument_kind(parameter)]
     return None if fine else f'expected {expected}'
@@ -394,9 +395,11 @@ def argument_kind(parameter):
     """What an argument is, as far as its name and default tell.
 
     Returns:
-        truth, count (a whole number), number, size (or sizes), list, text or None.
+        truth, count (a whole number), number, size (or sizes), list, text, number or null, or None.
     """
     default = parameter.default
+    if parameter.annotation == 'float | None':
+        return 'number or null'
     if isinstance(default, bool):
         return 'truth'
     if re.match(_COUNTS, parameter.name) and (default is parameter.empty or isinstance(default, int)):
@@ -769,6 +772,8 @@ def check_distillation(report, opt, given):
     if brings_weights and opt['path'].get('pretrain_network_t') and bare(teacher['type']) == 'Ensemble':
         text = 'not for an Ensemble: each of its networks names its file as pretrain'
         report.error('path.pretrain_network_t', text, opt['path']['pretrain_network_t'])
+    if teacher is None and train.get('cl_opt') and not report.reported('network_t'):
+        assume_share(report, train)
     check_shares(report, train)
     if train.get('cl_opt') or train.get('mclir_opt'):
         check_history(report, opt, given)
@@ -779,6 +784,22 @@ def check_distillation(report, opt, given):
             check_levels(report, opt, f'train.{key}')
     if train.get('fakd_opt'):
         check_taps(report, train['fakd_opt'])
+
+
+def assume_share(report, train):
+    """Without a teacher, cl_opt gets a share of the gradient, because the gradient of its ratio has no bound.
+
+    A small student never reaches GT, so that the numerator stays, while the denominator falls as the history follows.
+    """
+    beside = any(train.get(key) for key in ('pixel_opt', 'perceptual_opt'))
+    if 'gradient_shares' in train or not beside or bare(train['cl_opt'].get('type')) == 'ContrasLoss':
+        return
+    train['gradient_shares'] = {'cl_opt': 0.3}
+    report.warn(
+        'train.gradient_shares',
+        '{cl_opt: 0.3} is assumed in place of cl_opt.loss_weight, because without network_t the gradient of cl_opt '
+        'outgrows that of the pixel loss; null keeps the weight',
+    )
 
 
 def check_shares(report, train):

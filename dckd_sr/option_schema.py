@@ -29,6 +29,7 @@ _ARGUMENTS = {
     'truth': {'type': 'boolean'},
     'count': {'type': 'integer', 'minimum': 0},
     'number': {'type': 'number'},
+    'number or null': {'type': ['number', 'null']},
     'size': {'anyOf': [{'type': 'number'}, {'type': 'array', 'items': {'type': 'number'}}]},
     'list': {'type': 'array'},
     'text': {'type': 'string'},

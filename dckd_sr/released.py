@@ -101,7 +101,8 @@ class ReleasedStep:
         for weight, anchor, positive, *others in zip(criterion.weights, anchors, positives, *negatives):
             near = (anchor - positive).abs().mean()
             far = (anchor - torch.stack(others)).abs().sum(0).mean()
-            counts = 1 if criterion.margin is None else near <= criterion.margin * far / len(others)
+            mean = far.detach() / len(others)
+            counts = 1 if criterion.margin is None else (1 - near.detach() / (criterion.margin * mean)).clamp(min=0)
             total = total + weight * (near / (far + 1e-7)) * counts
         return criterion.loss_weight * total
 

@@ -51,7 +51,9 @@ class Speed:
         if self.compile_mode is not None:
             # Compiled backward passes otherwise give away the buffers that a second pass through them needs:
             # gradient_shares and the measurement of gradients call them several times.
-            torch._functorch.config.donated_buffer = False
+            from torch._functorch import config as functorch_config  # seconds, and only here
+
+            functorch_config.donated_buffer = False
         # torch leaves TF32 on for convolutions; float32 means float32 here.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(opt.get('use_tf32'))
 

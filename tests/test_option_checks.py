@@ -118,6 +118,7 @@ MISTAKES = [  # override, start of the message, what else it says
     ('train:ce_opt:form=eq9', 'train.ce_opt.form = eq9: expected released or paper', ''),
     ('train:cl_opt:reduce=local', 'train.cl_opt.reduce = local: expected global or rank', ''),
     ('train:cl_opt:guard=soft', 'train.cl_opt.guard = soft: expected', ''),
+    ('train:cl_opt:margin=soft', 'train.cl_opt.margin = soft: expected', ''),
     ('train:pixel_opt:reduction=none', 'train.pixel_opt.reduction = ~: expected mean or sum', ''),
     ('train:pixel_opt:loss_weight=much', 'train.pixel_opt.loss_weight = much: expected a number', ''),
     ('network_vqgan:input_range=[0, 255]', 'network_vqgan.input_range = [0, 255]: expected [0, 1] or [-1, 1]', ''),
@@ -234,6 +235,23 @@ def test_history_is_assumed_with_cl_opt():
     del opt['network_his']
     opt, warnings = load(opt)
     assert opt['network_his'] is True and any(line.startswith('network_his: true is assumed') for line in warnings)
+
+
+def test_without_a_teacher_the_contrastive_loss_gets_a_share():
+    """And only then: not where the file says something about shares, nor for the released name."""
+    alone = (
+        'network_t=null',
+        'train:logits_opt=null',
+        'train:lcr_opt=null',
+        'train:cl_opt:type=DynamicContrastiveLoss',
+    )
+    opt, warnings = load(dckd(), *alone)
+    assert opt['train']['gradient_shares'] == {'cl_opt': 0.3}
+    assert any(line.startswith('train.gradient_shares: {cl_opt: 0.3} is assumed') for line in warnings)
+    for more in (alone[3:], (*alone, 'train:gradient_shares=null'), (*alone[:3], 'train:cl_opt:type=ContrasLoss')):
+        assert not load(dckd(), *more)[0]['train'].get('gradient_shares'), more
+    opt = load(dckd(), *alone, 'train:gradient_shares={ce_opt: 0.1}')[0]
+    assert opt['train']['gradient_shares'] == {'ce_opt': 0.1}
 
 
 class TestLossesByName:

@@ -208,7 +208,7 @@ def test_each_run_says_how_strongly_its_losses_pull(opt):
         (line,) = [line for line in log.splitlines() if f'iterations {span}: ' in line]
         assert re.search(r'that of l_pix being 1, .*: l_ts \S+ \(cosine [+-]\S+\), l_cl \S+ .*, l_ce ', line)
     (warning,) = [line for line in log.splitlines() if 'WARNING: l_cl ' in line]
-    assert 'iterations 1 to 5' in warning and warning.endswith('set train.cl_opt.margin: 0.25.')
+    assert 'iterations 1 to 5' in warning and warning.endswith('set train.cl_opt.margin: 1.')
     assert 'softmax twice' in log
     opt['name'], opt['train']['cl_opt']['type'] = 'mended', 'DynamicContrastiveLoss'
     assert train.main(['-opt', write(opt)]) == 0

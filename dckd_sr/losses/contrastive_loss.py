@@ -112,19 +112,19 @@ class DynamicContrastiveLoss(nn.Module):
         weights: one number per encoder level, from the finest.
         loss_weight: factor of the result.
         d_func: the distance; 'L1'.
-        margin: leave out a level while its numerator is more than this part of the mean distance to its negatives: they
-            are too near to be a lower bound. The ratio pushes the student from its negatives numerator / mean distance
-            times as strongly as it pulls it to the teacher, so that the margin bounds the push. None keeps all levels,
-            as released.
+        margin: each level counts by how far its negatives are beyond the teacher, with a factor of
+            1 - numerator / (margin * mean distance to the negatives) that is not below 0 and has no gradient. At 1 a
+            level is left out while the negatives are nearer to the student than the teacher is: they are no lower
+            bound yet. None counts all levels in full, as released.
         guard: leave out a level whose negatives equal the student but for rounding (denominator / N below 3e-5 of the
-            features' mean magnitude), where the ratio would explode, and warn once. Levels that stay are untouched.
+            features' mean magnitude), where the ratio would explode, and warn once.
         reduce: with several processes, 'global' averages numerators and denominators over them before dividing, so that
             the loss does not depend on how the batch is spread; 'rank' divides on each, as released.
         reduction: 'mean'; the loss is a ratio of means.
         encoder: for use on images (`forward`): type, arguments and ``pretrain`` of the VQGAN.
 
     After each call ``stats`` holds detached tensors of one number a level, on the device: ``numerator``,
-    ``denominator``, and ``left_out``, 1 where the level was left out. Nothing here waits for the device but `report`.
+    ``denominator``, and ``left_out``, 1 minus the level's factor. Nothing here waits for the device but `report`.
 
     Raises:
         UserError: an argument out of its choices, or an encoder with another number of levels than weights.
@@ -135,7 +135,7 @@ class DynamicContrastiveLoss(nn.Module):
         weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
         loss_weight=1.0,
         d_func='L1',
-        margin=0.25,
+        margin: float | None = 1.0,
         guard=True,
         reduce='global',
         reduction='mean',
@@ -149,6 +149,8 @@ class DynamicContrastiveLoss(nn.Module):
         ):
             if value not in choices:
                 raise UserError(f"{name} of the contrastive loss must be {' or '.join(choices)}, not '{value}'")
+        if margin is not None and margin <= 0:
+            raise UserError(f'margin of the contrastive loss must be above 0, or null to keep all levels, not {margin}')
         self.weights = tuple(weights)
         self.loss_weight = loss_weight
         self.margin = margin
@@ -157,7 +159,7 @@ class DynamicContrastiveLoss(nn.Module):
         self.stats = {}
         self.encoder = None if encoder is None else build_loss_encoder(encoder)
         self.compare = compare  # a compiled one may take its place
-        self.counts = None  # (2, levels) on the device: comparisons since the last report, and those left out
+        self.counts = None  # (2, levels) on the device: comparisons since the last report, and what was left out in all
         self.guarded = None  # the same, 0-d: levels left out by the guard
         self._warned = False
         if self.encoder is not None:
@@ -238,9 +240,9 @@ class DynamicContrastiveLoss(nn.Module):
         """What there is to log, as lists of one float a level, which waits for the device.
 
         Returns:
-            dict: ``numerator`` and ``denominator`` of the last call, and ``left_out``, in which part of the calls since
-            the last report the level was left out. Empty before the first comparison. If the guard left out any, one
-            warning a run says so.
+            dict: ``numerator`` and ``denominator`` of the last call, and ``left_out``, the part of the level that did
+            not count, a mean over the calls since the last report. Empty before the first comparison. If the guard left
+            out any level, one warning a run says so.
         """
         if not self.stats:
             return {}
@@ -264,15 +266,19 @@ class DynamicContrastiveLoss(nn.Module):
         # A NaN compares false and stays in the sum, where it is seen.
         distance = denominators.detach() / num_neg
         guarded = distance < (_LEAST if self.guard else 0) * magnitudes
-        left_out = guarded if margin is None else guarded | (numerators.detach() > margin * distance)
         # masked_fill takes its number as a kernel argument; torch.where would copy it to the device and wait.
-        ratios = (numerators / (denominators + _EPS)).masked_fill(left_out, 0)
-        self._log(numerators.detach(), denominators.detach(), left_out, guarded)
+        ratios = (numerators / (denominators + _EPS)).masked_fill(guarded, 0)
+        counting = torch.ones_like(distance)
+        if margin is not None:
+            # A distance of 0 gives no level that counts.
+            counting = (1 - numerators.detach() / (margin * distance + _EPS)).clamp(min=0)
+            ratios = counting * ratios
+        self._log(numerators.detach(), denominators.detach(), (1 - counting).masked_fill(guarded, 1), guarded)
         return self.loss_weight * sum(weight * ratio for weight, ratio in zip(self.weights, ratios.unbind()))
 
     def _log(self, numerators, denominators, left_out, guarded):
         self.stats = {'numerator': numerators, 'denominator': denominators, 'left_out': left_out}
-        counts, guarded = torch.stack([torch.ones_like(left_out), left_out]).int(), guarded.sum()
+        counts, guarded = torch.stack([torch.ones_like(left_out), left_out]), guarded.sum()
         self.counts = counts if self.counts is None else self.counts + counts
         self.guarded = guarded if self.guarded is None else self.guarded + guarded
 
@@ -300,7 +306,7 @@ class ContrasLoss(DynamicContrastiveLoss):
         weights=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1),
         loss_weight=1.0,
         d_func='L1',
-        margin=None,
+        margin: float | None = None,
         guard=True,
         reduce='global',
         reduction='mean',

@@ -75,6 +75,7 @@ class DCKDModel(KDModel):
         if self.opt.get('network_his', self.cri_cl is not None or self.cri_mclir is not None):
             self.net_his = self.build_frozen(self.opt['network_g'], 'history')
             average_(self.net_his, self.history_source(), 0)
+            self.watch = gradients.Watch(train_opt.get('total_iter', 0), self.step[0])
         if self.cri_cl is not None or self.cri_ce is not None or self.mclir_levels:
             paths = self.opt['path']
             encoder = build_encoder(
@@ -254,7 +255,7 @@ class DCKDModel(KDModel):
     def remedy(self, name):
         block = f'{name[2:]}_opt'
         if name == 'l_cl' and self.cri_cl.margin is None:
-            return 'train.cl_opt.margin: 0.25'
+            return 'train.cl_opt.margin: 1'
         if name in ('l_cl', 'l_ce', 'l_csd', 'l_mclir'):
             return f'train.gradient_shares: {{{block}: 0.3}}, or a lower train.{block}.loss_weight'
         return super().remedy(name)

@@ -90,6 +90,8 @@ class Watch:
 
     Args:
         total: iterations of the training.
+        settled: an iteration that the second measurement is not before, if the training is that long; where there is a
+            history network, that of its first update, from which on its outputs are near the student's.
     """
 
     LENGTH = 5  # iterations that are averaged
@@ -99,8 +101,9 @@ class Watch:
     AGAINST = 0.3
     LARGEST = 5  # times the first term's gradient: that term then hardly counts
 
-    def __init__(self, total):
-        self.starts = [start for start in (1, max(self.LENGTH + 1, total // 10)) if start <= total]
+    def __init__(self, total, settled=0):
+        second = max(self.LENGTH + 1, total // 10, settled + 1 if settled < total else 0)
+        self.starts = [start for start in (1, second) if start <= total]
         self.total = total
         self.found = []  # (iteration, what `against_first` returned), until they are reported
 

@@ -145,35 +145,39 @@ def test_guard_knows_the_rounding_of_other_kernels(channels):
     assert value == 0 and loss.stats['left_out'].all()
 
 
-def test_margin_leaves_out_levels_whose_negatives_are_nearer_than_the_teacher():
-    """Against the loss written out; the level that stays is untouched, in value and in gradient."""
+def test_margin_weighs_levels_by_how_far_the_negatives_are_beyond_the_teacher():
+    """Against the loss written out, in value and gradient; a level of hard negatives is left out."""
     anchor, positive, negatives = ([level.requires_grad_(i == 0) for level in features(2, seed=i)] for i in range(3))
-    negatives = [torch.cat([level, level + 0.5, level - 0.5]) for level in negatives]
-    near = [negatives[0], torch.cat([anchor[1].detach() + 0.1] * 3)]  # the second level's are hard negatives
-    loss = DynamicContrastiveLoss(weights=[0.5, 1], margin=1.0)
-    value = loss.from_levels(anchor, positive, near)
+    far = [torch.cat([2 * level, 3 * level, -2 * level]) for level in negatives]
+    near = torch.cat([anchor[1].detach() + 0.1] * 3)
+    loss = DynamicContrastiveLoss(weights=[0.5, 1])
+    value = loss.from_levels(anchor, positive, [far[0], near])
     value.backward()
-    assert loss.stats['left_out'].tolist() == [False, True]
-    np.testing.assert_allclose(value.item(), reference(anchor[:1], positive, near, [0.5]), rtol=1e-12)
-    alone = ContrasLoss(weights=[0.5]).from_levels(anchor[:1], positive[:1], near[:1])
-    assert torch.equal(anchor[0].grad, torch.autograd.grad(alone, anchor[0])[0])
+    numerator = (anchor[0] - positive[0]).detach().abs().mean()
+    distance = (anchor[0].repeat(3, 1, 1, 1) - far[0]).detach().abs().mean()
+    counting = 1 - numerator / distance
+    assert 0.2 < counting < 0.8
+    np.testing.assert_allclose(loss.stats['left_out'], [1 - counting, 1], rtol=1e-6)
+    plain = ContrasLoss(weights=[0.5]).from_levels(anchor[:1], positive[:1], far[:1])
+    np.testing.assert_allclose(value.item(), counting * reference(anchor[:1], positive, far, [0.5]), rtol=1e-6)
+    torch.testing.assert_close(anchor[0].grad, counting * torch.autograd.grad(plain, anchor[0])[0], rtol=1e-6, atol=0)
     assert torch.equal(anchor[1].grad, torch.zeros_like(anchor[1]))
-    both = DynamicContrastiveLoss(weights=[0.5, 1], margin=None).from_levels(anchor, positive, near)
-    np.testing.assert_allclose(both.item(), reference(anchor, positive, near, [0.5, 1]), rtol=1e-12)
-    assert torch.equal(ContrasLoss(weights=[0.5, 1]).from_levels(anchor, positive, near), both)
+    for released in (DynamicContrastiveLoss([0.5, 1], margin=None), ContrasLoss([0.5, 1])):
+        both = released.from_levels(anchor, positive, [far[0], near])
+        np.testing.assert_allclose(both.item(), reference(anchor, positive, [far[0], near], [0.5, 1]), rtol=1e-12)
 
 
 @pytest.mark.parametrize('margin', [0.25, 1.0])
 @pytest.mark.parametrize('num_neg', [1, 5])
-def test_margin_is_a_part_of_the_mean_distance_to_the_negatives(num_neg, margin):
+def test_margin_is_a_multiple_of_the_mean_distance_to_the_negatives(num_neg, margin):
     anchor, positive = [torch.zeros(2, 1, 2, 2)], [torch.ones(2, 1, 2, 2)]
-    for distance, left_out in ((0.99 / margin, True), (1.01 / margin, False)):
+    for distance, counting in ((0.5 / margin, 0), (1 / margin, 0), (2 / margin, 0.5), (10 / margin, 0.9)):
         negatives = [torch.full((2 * num_neg, 1, 2, 2), distance)]
         for parts in ([negatives], ([negatives[0][2 * j : 2 * j + 2]] for j in range(num_neg))):
             loss = DynamicContrastiveLoss(weights=[1], margin=margin)
             value = loss.from_parts(anchor, positive, parts)
-            assert loss.stats['left_out'].tolist() == [left_out]
-            assert value.item() == pytest.approx(0 if left_out else 1 / (num_neg * distance))
+            assert loss.stats['left_out'].item() == pytest.approx(1 - counting, abs=1e-6)
+            assert value.item() == pytest.approx(counting / (num_neg * distance), abs=1e-6)
 
 
 def test_guard_hides_no_nan():
@@ -264,6 +268,7 @@ def test_identical_images_cost_nothing():
     [
         ({'d_func': 'L3'}, "d_func .* must be L1, not 'L3'"),
         ({'reduce': 'all'}, "reduce .* global or rank, not 'all'"),
+        ({'margin': 0}, 'margin .* above 0, or null to keep all levels, not 0'),
         ({'reduction': 'sum'}, "reduction .* must be mean, not 'sum'"),
         ({'encoder': ENCODER}, '5 entries, but the encoder has 2 levels'),
         ({'encoder': {**ENCODER, 'allow_random': False}}, 'pretrain'),
@@ -343,11 +348,11 @@ def test_two_processes_equal_one(tmp_path):
             np.testing.assert_allclose(
                 found[f'global {case}'][:2], [value.item(), net.factor.grad.item()], rtol=1e-12, err_msg=case
             )
-            assert found[f'global {case}'][2] == loss.stats['left_out'].tolist()
+            np.testing.assert_allclose(found[f'global {case}'][2], loss.stats['left_out'].tolist(), atol=1e-12)
         own = [rows(levels, n, 0, 2) for levels, n in ((net(x), 1), (positive, 1), (negatives, 3))]
         alone = DynamicContrastiveLoss([0.5, 1], margin=margin).from_levels(*own).item()
         np.testing.assert_allclose(first[f'rank {case}'][0], alone, rtol=1e-12)
         assert first[f'rank {case}'][0] != second[f'rank {case}'][0]
-        assert first[f'rank {case}'][2][1] is collapse
+        assert (first[f'rank {case}'][2][1] == 1) is collapse
     # The two ways to decide differ here: the second process alone would have kept the level.
-    assert first['global 1.0 True'][2] == [False, True] and second['rank 1.0 True'][2] == [False, False]
+    assert first['global 1.0 True'][2][1] == 1 > second['rank 1.0 True'][2][1]

@@ -96,6 +96,11 @@ def test_watch_measures_the_first_iterations_and_once_more_at_a_tenth(total, exp
     assert all(sizes['l_cl'][1] == -0.5 for _, sizes in report)
 
 
+def test_watch_waits_for_the_first_history_update():
+    for settled, start in ((50, 100), (300, 301), (2000, 100)):
+        assert Watch(1000, settled).starts == [1, start]
+
+
 def test_watch_reports_each_window_once_and_not_before_its_end():
     watch = fed(Watch(1000), range(1, 5))
     assert watch.report() == []
