@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from dckd_sr.errors import UserError
+from dckd_sr.errors import UserError, out_of_memory
 from dckd_sr.ops.padding import pad_to_multiple
 
 # Option keys that are arguments of infer.
@@ -59,8 +59,9 @@ def infer(
         lq: (B, C, h, w).
         window_size: h and w are padded to multiples of it and of `padding_of` the network, at the bottom and right,
             mirrored as BasicSR's SwinIRModel does (the border pixel repeated where the image is smaller than the
-            padding), and cropped after. The same is done to images below the network's ``smallest_side``. A network
-            with a ``fixed_size`` (height, width) gets tiles of it, whatever ``tile_size`` says.
+            padding), and cropped after. The same is done to images below the network's ``smallest_side``, which is
+            measured, and kept as that attribute, where the network fails and does not have it. A network with a
+            ``fixed_size`` (height, width) gets tiles of it, whatever ``tile_size`` says.
         tile_size: side of the tiles in LQ pixels, rounded up to the network's grid; empty or 0: the whole image.
         tile_overlap: LQ pixels shared by neighbouring tiles, rounded up likewise; default a quarter of the tile, at
             most 32.
@@ -79,6 +80,24 @@ def infer(
         return _mean_of_8(
             lambda x: infer(net, x, scale, window_size, tile_size, tile_overlap, tile_batch_size, run=run), lq
         )
+    sizes = window_size, tile_size, tile_overlap, tile_batch_size, run
+    try:
+        return _infer(net, lq, scale, *sizes)
+    except Exception as error:  # whatever a network raises on an image that it cannot take
+        if isinstance(error, UserError) or out_of_memory(error) or not isinstance(net, torch.nn.Module):
+            raise
+        if getattr(net, 'smallest_side', None) or getattr(net, 'fixed_size', None):
+            raise
+        from dckd_sr import network_facts  # which needs this module
+
+        smallest = network_facts.find_smallest_side(net, lq.shape[1], scale, lq.device)
+        if smallest is None or smallest == 1:
+            raise
+        net.smallest_side = smallest
+    return _infer(net, lq, scale, *sizes)
+
+
+def _infer(net, lq, scale, window_size, tile_size, tile_overlap, tile_batch_size, run):
     height, width = lq.shape[-2:]
     window = math.lcm(window_size or 1, padding_of(net))
     smallest, fixed = _round_up(getattr(net, 'smallest_side', None) or 1, window), getattr(net, 'fixed_size', None)

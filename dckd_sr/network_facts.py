@@ -97,6 +97,15 @@ def smallest_side(
     return high * grid
 
 
+def find_smallest_side(net: torch.nn.Module, channels: int, scale: int, device: str | torch.device) -> int | None:
+    """As `smallest_side`, of a network of which no working side is known; None: it takes none that is tried.
+
+    The caller holds the network's eval mode and ``torch.no_grad()``.
+    """
+    side = next((side for side in (32, 64, 128, 256) if _runs(net, channels, side, side, device)), None)
+    return side and smallest_side(net, channels, scale, side, padding_of(net), device)
+
+
 def _fine(net, channels, scale, side, device, finite):
     try:
         with torch.inference_mode():
@@ -151,9 +160,7 @@ def _problem(net, lq, wanted, scale, color, sizes):
         if other is not None:
             cure = _cure(other, count, color)
             return f'takes images of {_channels(other)}, datasets.train gives {count}: {cure}, or change the network'
-        grid = padding_of(net)
-        side = next((s for s in (32, 64, 128, 256) if _runs(net, count, s, s, lq.device)), None)
-        smallest = side and smallest_side(net, count, scale, side, grid, lq.device)
+        smallest = find_smallest_side(net, count, scale, lq.device)
         if smallest and smallest > min(height, width):
             return f'takes images of at least {smallest}x{smallest}, datasets.train gives {width}x{height} ({sizes})'
         return f'fails on an image of datasets.train, {_channels(count)} of {width}x{height} ({sizes}): {reason(error)}'

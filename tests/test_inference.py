@@ -263,3 +263,29 @@ def test_mistakes_are_said():
         infer(Record(2), image(1, 3, 6, 8), 3)
     with pytest.raises(UserError, match='tile_overlap 10 must be smaller than tile_size 10'):
         infer(Record(1), image(1, 3, 6, 8), 1, tile_size=10, tile_overlap=10)
+
+
+class Pooled(Record):
+    """Fails on sides below 9, as networks with strided pooling do, unless it ``fails`` on all."""
+
+    fails = False
+
+    def forward(self, x):
+        if self.fails:
+            raise RuntimeError('at every size')
+        F.max_pool2d(x, 9)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('sizes', [{}, {'tile_size': 4, 'tile_overlap': 0}, {'self_ensemble': True}])
+def test_an_image_below_the_smallest_side_is_padded_where_nobody_has_measured_it(sizes):
+    net, lq = Pooled(2), image(1, 3, 6, 20)
+    torch.testing.assert_close(infer(net, lq, 2, **sizes), Record(2)(lq))
+    assert net.smallest_side == 9
+
+
+def test_what_a_network_raises_at_every_size_is_passed_on():
+    net = Pooled(2)
+    net.fails = True
+    with pytest.raises(RuntimeError, match='at every size'):
+        infer(net, image(1, 3, 20, 20), 2)

@@ -75,6 +75,7 @@ EXCEPTIONS = {
     ('losses/__init__.py', 'importlib.import_module'): 'the modules of this package',
     ('models/__init__.py', 'importlib.import_module'): 'the modules of this package',
     ('compat.py', 'importlib.import_module'): "BasicSR's and torchvision's modules, by fixed names",
+    ('commands.py', 'importlib.util.find_spec'): 'looks for what is not installed, by fixed names, and runs nothing',
     ('compat.py', 'importlib.util.find_spec'): 'looks for BasicSR and runs nothing',
     ('export.py', 'importlib.util.find_spec'): 'looks for onnx and runs nothing',
     ('processes.py', 'subprocess.run'): "SLURM's scontrol: a list of words, no shell",
