@@ -173,9 +173,7 @@ def compare(recipe, methods, seeds=3, steps=None, jobs=None, overrides=()):
 def plan(recipe, methods, seeds, steps):
     """The runs, seed by seed, so that what is there when time is up compares all methods."""
     recipe = copy.deepcopy(recipe)
-    own = (recipe.pop('compare', None) or {}).get('methods') or {}
-    if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
-        raise UserError('compare.methods: expected names, each with uses: [METHOD, ...] and, perhaps, force_yml: [...]')
+    own = _own_methods(recipe.pop('compare', None))
     methods = list(dict.fromkeys(method.strip() for method in methods if method.strip()))
     if not methods:
         raise UserError('--methods: no name given')
@@ -190,7 +188,34 @@ def plan(recipe, methods, seeds, steps):
             if isinstance(path, str):
                 opt['path'][key] = path.replace('{seed}', str(seed))
         runs.append(Run(method, seed, opt, Path()))
+    names = {}
+    for run in runs:  # folders of one name are one folder on some file systems
+        other = names.setdefault(run.name.casefold(), run)
+        if other is not run:
+            text = f"'{other.method}' and '{run.method}' would both be trained as {run.name}: rename one"
+            raise UserError(f'--methods: {text}')
     return runs
+
+
+def _own_methods(block):
+    """compare.methods of a recipe.
+
+    Raises:
+        UserError: not names with lists of texts.
+    """
+    form = 'expected names, each with uses: [METHOD, ...] and, perhaps, force_yml: [...]'
+    if block is not None and not isinstance(block, dict):
+        raise UserError(f'compare = {safe_yaml.inline(block)}: expected a block with methods:')
+    own = (block or {}).get('methods') or {}
+    if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
+        raise UserError(f'compare.methods: {form}')
+    parts = ('uses', 'force_yml')
+    for name, key, value in ((name, key, value) for name, entry in own.items() for key, value in entry.items()):
+        if key not in parts:
+            raise UserError(f'compare.methods.{name}.{key}: unknown{nearest(key, parts)}; {form}')
+        if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+            raise UserError(f'compare.methods.{name}.{key} = {safe_yaml.inline(value)}: {form}')
+    return own
 
 
 def method_options(recipe, method, own=None):
@@ -590,7 +615,10 @@ def write_tables(folder, scores, fixed, runs):
     rows = [(name, fixed[name], {}) for name in (TEACHER, 'bicubic') if name in fixed]
     rows += [(label(method), means, {c: best[c].get(method) for c in columns}) for method, means in listed.items()]
     seconds, paired = seconds_per_step(runs), _paired(scores, columns)
+    counts = {run.method: run.options['train']['total_iter'] for run in runs}
     iterations = f'{runs[0].options["train"]["total_iter"]} iterations'
+    others = [f'{label(m)} {count}' for m, count in counts.items() if count != counts[runs[0].method]]
+    iterations += f' ({", ".join(others)})' if others else ''
     if len(seeds) > 1:
         about = [f'{iterations}, seeds {", ".join(map(str, seeds))}', 'mean and standard deviation over seeds']
     else:

@@ -951,12 +951,24 @@ def check_paths(report, opt, is_train):
             check_file(report, f'path.{key}', path)
 
 
+_BETTER = ('higher', 'lower')
+
+
 def check_val(report, opt):
-    """Check the metrics and the tiling of validation."""
+    """Check the metrics and the tiling of validation, and complete which values of a metric are the better ones."""
     val = opt['val']
     for name, block in (val.get('metrics') or {}).items():
         where, types = f'val.metrics.{name}', known_types(METRIC_REGISTRY)
         check_block(report, where, block, types, 'metric', filled=('img', 'img2'), also=('better',))
+        if not isinstance(block, dict):
+            continue
+        if block.get('better') is None:  # BasicSR takes whatever is not 'higher' for 'lower', also ~
+            block.pop('better', None)
+            if 'niqe' in str(block.get('type')).lower():
+                block['better'] = 'lower'
+        elif block['better'] not in _BETTER:
+            text = f'expected higher or lower{nearest(block["better"], _BETTER)}'
+            report.error(f'{where}.better', text, block['better'])
     if val.get('tile_overlap') is not None and val['tile_overlap'] >= (val.get('tile_size') or 0):
         report.error('val.tile_overlap', 'expected less than val.tile_size', val['tile_overlap'])
     if val.get('tile_batch_size') is not None and not val.get('tile_size'):

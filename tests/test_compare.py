@@ -117,6 +117,23 @@ def test_mistakes(methods, change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    'own, methods, message',
+    [
+        ({'a b': {'uses': ['scratch']}, 'a_b': {'uses': ['dckd']}}, ['a b', 'a_b'], "'a b' and 'a_b' would both be"),
+        ({'DCKD': {'uses': ['scratch']}}, ['dckd', 'DCKD'], "'dckd' and 'DCKD' would both be trained as run_DCKD_s10"),
+        ({'own': {'uses': 'scratch'}}, ['own'], 'compare.methods.own.uses = scratch: expected names, each with uses'),
+        ({'own': {'uses': None}}, ['own'], 'compare.methods.own.uses = null: expected'),
+        ({'own': {'usess': ['dckd']}}, ['own'], "compare.methods.own.usess: unknown (did you mean 'uses'?)"),
+        ({'own': {'uses': [], 'force_yml': 'scale=2'}}, ['own'], 'compare.methods.own.force_yml = scale=2: expected'),
+    ],
+)
+def test_mistakes_in_methods_of_the_recipes_own(own, methods, message):
+    with pytest.raises(UserError) as error:
+        compare.plan({**dckd(), 'compare': {'methods': own}}, methods, 1, None)
+    assert message in str(error.value)
+
+
 def test_mistakes_of_the_command_line(capsys):
     write(dckd_run(compare.Path('.')))
     for arguments, message in (
@@ -173,6 +190,15 @@ def test_tables_mark_best_and_second_and_show_the_spread(tmp_path):
 def plain_runs(tmp_path, methods, seeds, **options):
     more = {'train': {'total_iter': 7}, **options}
     return [compare.Run(m, s, {'name': f'{m}{s}', **more}, tmp_path) for m in methods for s in seeds]
+
+
+def test_the_table_says_which_method_has_another_number_of_iterations(tmp_path):
+    recipe = dckd()
+    recipe['compare'] = {'methods': {'short': {'uses': ['dckd'], 'force_yml': ['train:total_iter=7']}}}
+    runs = compare.plan(recipe, ['dckd', 'short'], 1, None)
+    scores = {run.method: {('Set5', 'psnr'): {run.seed: 30.0}} for run in runs}
+    table = compare.write_tables(tmp_path, scores, {}, runs)[0].read_text(encoding='utf-8')
+    assert f'- {runs[0].options["train"]["total_iter"]} iterations (short 7), seed 10' in table
 
 
 def test_one_seed_has_no_spread_and_one_method_no_best(tmp_path):

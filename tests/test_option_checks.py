@@ -49,6 +49,7 @@ MISTAKES = [  # override, start of the message, what else it says
     ('train:optim_g:beta=1', 'train.optim_g.beta = 1: unknown argument of Adam', "did you mean 'betas'?"),
     ('train:scheduler:gama=1', 'train.scheduler.gama = 1: unknown argument of MultiStepLR', "did you mean 'gamma'?"),
     ('val:metrics:psnr:test_y=true', 'val.metrics.psnr.test_y = true: unknown', "did you mean 'test_y_channel'?"),
+    ('val:metrics:psnr:better=hihger', 'val.metrics.psnr.better = hihger: expected higher or lower', "'higher'?"),
     # keys of another section, or of another toolbox
     ('train:window_size=8', 'train.window_size = 8: unknown key', "it belongs in 'val'"),
     ('num_neg=4', 'num_neg = 4: unknown key', "it belongs in 'train'"),
@@ -163,6 +164,16 @@ def test_mistakes(override, start, hint, tmp_path):
     assert len(problems) == 1, problems
     assert problems[0].startswith(start) and hint in problems[0], problems
     assert not list(tmp_path.glob('experiments/run*')) and not (tmp_path / 'tb_logger').exists()
+
+
+def test_which_values_of_a_metric_are_better_is_never_guessed_wrong():
+    opt = dckd()
+    opt['val']['metrics'] = {
+        'psnr': {'type': 'calculate_psnr', 'crop_border': 4, 'better': None},
+        'niqe': {'type': 'calculate_niqe', 'crop_border': 4},
+    }
+    metrics = load(opt)[0]['val']['metrics']
+    assert 'better' not in metrics['psnr'] and metrics['niqe']['better'] == 'lower'
 
 
 def test_all_problems_at_once():
