@@ -365,7 +365,7 @@ def environment(runs):
 
 
 def bounds(runs):
-    """Rows of (label, level, numerator at first, at last, factor, denominator likewise, part of iterations left out).
+    """Rows of (label, level, numerator at first, at last, factor, denominator likewise, part left out).
 
     At first and at last are means of a tenth each.
     """

@@ -152,7 +152,7 @@ def draw(figures, runs, scores, costs):
             axes.set_ylim(-0.05, 1.05)
 
         if any(row['left_out'][level] for run in contrasting for row in run.contrast if row.get('left_out')):
-            figures.draw('contrast', f'Level {level + 1}, part of iterations left out', plot, xlabel='iteration')
+            figures.draw('contrast', f'Level {level + 1}, part left out', plot, xlabel='iteration')
     column = next((c for means in scores.values() for c in means if 'psnr' in c[1].lower()), None)
     points = {label: means[column] for label, means in scores.items() if label in costs and column in means}
     for what in ('parameters', 'multiply-adds', 'seconds') if points else ():
