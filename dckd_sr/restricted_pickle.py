@@ -21,6 +21,7 @@ import torch
 
 from dckd_sr.errors import UserError
 
+_CODE = 2**26  # bytes that the code of a TorchScript file may unpack to
 _MAGIC = 0x1950A86A20F9469CFC6C  # torch's stream format, before 1.6
 _MAX_STEPS = 8_000_000  # opcodes, copied items, objects by their size; a checkpoint of 100,000 tensors needs 5 million
 _OBJECT = 10  # steps that a tensor or an array costs beside its bytes; it is as large as so many small values
@@ -107,7 +108,7 @@ def refuse_bombs(archive, size):
         size: bytes of the file.
 
     Raises:
-        UserError: naming the first such record. TorchScript's code may be compressed, up to the size of the file.
+        UserError: naming the first such record. TorchScript's code, which torch compresses, may unpack to 64 MiB.
     """
     try:
         _refuse_bombs(archive, size)
@@ -116,15 +117,20 @@ def refuse_bombs(archive, size):
 
 
 def _refuse_bombs(archive, size):
-    total = 0
+    total = code = 0
     for info in archive.infolist():
-        if info.compress_type != zipfile.ZIP_STORED and '/code/' not in info.filename:
+        if info.compress_type == zipfile.ZIP_STORED:
+            total += info.file_size
+            continue
+        if '/code/' not in info.filename:
             raise _Refused(
                 f'{info.filename} is compressed, to {info.compress_size} of {info.file_size} bytes; torch.save does not'
             )
-        total += info.file_size
+        total, code = total + info.compress_size, code + info.file_size
     if total > 2 * size:
         raise _Refused(f'its records claim {total} bytes, it has {size}')
+    if code > _CODE:
+        raise _Refused(f'its code unpacks to {code} bytes; at most {_CODE} are expected')
 
 
 def _read(path, with_data=True):

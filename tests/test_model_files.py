@@ -143,6 +143,10 @@ def test_torchscript_with_compressed_weights_is_refused():
     assert model_files.load('net.pt').scale == 1
     with pytest.raises(UserError, match=r'bomb.pt cannot be read: .* is compressed'):
         model_files.load('bomb.pt')
+    with zipfile.ZipFile('net.pt', 'a') as archive:
+        archive.writestr('net/code/more.py', b' ' * (2**26 + 1), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match='net.pt cannot be read: its code unpacks to 671'):
+        model_files.load('net.pt')
 
 
 @pytest.mark.parametrize('prefix', ['net_g.', 'module.', 'model.'])

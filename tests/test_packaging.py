@@ -173,7 +173,7 @@ def test_make_targets_install_first(tmp_path):
 def test_readme_names_what_is_there():
     named = set(re.findall(r'options/[\w/]+\.yml', README))
     assert {'options/train_edsr_x4.yml', 'options/test_edsr_x4.yml', 'options/train_vqgan.yml'} <= named
-    links = {link for link in re.findall(r'\]\(([^)]+)\)', README) if '://' not in link}
+    links = {link.partition('#')[0] for link in re.findall(r'\]\(([^)]+)\)', README) if '://' not in link}
     commands = set(re.findall(r'dckd_sr/\w+\.py', README))
     assert links and commands
     for name in named | links | commands:

@@ -34,7 +34,7 @@ def model_with(train=None, network_g=None, **top):
                     'scheduler': {'type': 'MultiStepLR', 'milestones': [100]},
                     'pixel_opt': {'type': 'L1Loss'},
                     'logits_opt': {'type': 'L1Loss'},
-                    'cl_opt': {'type': 'DynamicContrastiveLoss', 'loss_weight': 0.1, 'weights': [0.5, 1.0]},
+                    'cl_opt': {'type': 'ContrasLoss', 'loss_weight': 0.1, 'weights': [0.5, 1.0]},
                     'ce_opt': {'type': 'DistributionMappingLoss', 'loss_weight': 0.1},
                     'num_neg': 3,
                     'gaussian_noise_prob': 1.0,

@@ -281,10 +281,13 @@ def test_mistakes(capsys):
     Path('text.png').write_text('words')
     torch.jit.save(torch.jit.script(Broken()), 'broken.pt')
     for arguments, message in (
-        (['absent.png'], 'absent.png is not there; expected an image or a folder of images'),
+        (['absent.png'], f'absent.png is not there (looked in {Path.cwd()}); expected an image or a folder'),
         (['empty'], 'no images in empty'),
         (['text.png'], 'not an image, or damaged: text.png'),
-        (['photo.png', '-m', 'absent.pth'], 'absent.pth is not there; expected the file of a network'),
+        (
+            ['photo.png', '-m', 'absent.pth'],
+            f'absent.pth is not there (looked in {Path.cwd()}); expected the file of a network',
+        ),
         (['photo.png', '-m', 'empty'], 'empty is a folder; expected the file of a network'),
         (['photo.png', '-m', 'text.png'], 'text.png is no PyTorch checkpoint'),
         (['photo.png', '-m', 'broken.pt'], 'photo.png: the output holds nan or infinite values'),
