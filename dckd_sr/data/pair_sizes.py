@@ -42,7 +42,8 @@ def misfit(gt_path: str, gt: Sequence[int], lq_path: str, lq: Sequence[int], sca
     if all(small == -(-full // scale) for full, small in zip(gt[:2], lq[:2])):
         return f'{text}; LQ was rounded up: make it of GT cut to a multiple of {scale}, as dckd_sr.prepare sr does'
     others = [other for other in range(1, _LARGEST_SCALE + 1) if belongs(gt, lq, other)]
-    return f'{text}; they match at scale {others[0]}' if len(others) == 1 else text
+    hint = ', and scale is 1 where nothing sets it' if scale == 1 else ''
+    return f'{text}; they match at scale {others[0]}{hint}' if len(others) == 1 else text
 
 
 def cut(gt: np.ndarray, lq: np.ndarray, dataset: Any, index: int) -> np.ndarray:

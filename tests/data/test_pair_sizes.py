@@ -113,6 +113,12 @@ def test_headers_are_looked_at_before_anything_runs_and_all_pairs_are_counted(mo
     build_val_loader(opt, 'val')
 
 
+def test_pairs_of_a_file_without_scale_say_so():
+    write((48, 48), (24, 24))
+    with pytest.raises(UserError, match='they match at scale 2, and scale is 1 where nothing sets it'):
+        build_val_loader({'scale': 1, 'datasets': {'val': block(scale=1)}}, 'val')
+
+
 def test_a_damaged_validation_image_is_named_before_anything_runs():
     write((48, 48), (24, 24))
     with open('lq/a.png', 'wb') as file:
