@@ -194,7 +194,16 @@ def plan(recipe, methods, seeds, steps):
         if other is not run:
             text = f"'{other.method}' and '{run.method}' would both be trained as {run.name}: rename one"
             raise UserError(f'--methods: {text}')
+    for run in runs:
+        if _scored_by(run.options) != _scored_by(runs[0].options):
+            text = f"'{run.method}' and '{runs[0].method}' would not be scored alike"
+            raise UserError(f'--methods: {text}: set scale, the sets and val.metrics in the recipe, not in one method')
     return runs
+
+
+def _scored_by(opt):
+    sets = {name: block for name, block in (opt.get('datasets') or {}).items() if name != 'train'}
+    return opt.get('scale'), sets, (opt.get('val') or {}).get('metrics')
 
 
 def _own_methods(block):

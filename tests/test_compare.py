@@ -126,6 +126,11 @@ def test_mistakes(methods, change, message):
         ({'own': {'uses': None}}, ['own'], 'compare.methods.own.uses = null: expected'),
         ({'own': {'usess': ['dckd']}}, ['own'], "compare.methods.own.usess: unknown (did you mean 'uses'?)"),
         ({'own': {'uses': [], 'force_yml': 'scale=2'}}, ['own'], 'compare.methods.own.force_yml = scale=2: expected'),
+        (
+            {'own': {'uses': ['dckd'], 'force_yml': ['val:metrics:psnr:test_y_channel=false']}},
+            ['dckd', 'own'],
+            "'own' and 'dckd' would not be scored alike: set scale, the sets and val.metrics in the recipe",
+        ),
     ],
 )
 def test_mistakes_in_methods_of_the_recipes_own(own, methods, message):
