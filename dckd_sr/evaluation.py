@@ -368,7 +368,9 @@ def _needs_gt(function):
 
 
 def _other_size(image, sr, gt):
-    return f'{image}: the output is {_size(sr)}, its ground truth {_size(gt)}; check scale and the pairing'
+    alike = sr.shape[:2] == gt.shape[:2]
+    what = 'color of the set and the channels of network_g' if alike else 'scale and the pairing'
+    return f'{image}: the output is {_size(sr)}, its ground truth {_size(gt)}; check {what}'
 
 
 def _size(image):

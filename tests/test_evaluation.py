@@ -118,8 +118,10 @@ def test_score_edges():
     assert score(image(15, 15), image(15, 15), {'ssim': SSIM})['ssim'] == pytest.approx(1)  # 11 px are enough
     with pytest.raises(TooSmallError, match='too small for psnr'):
         score(gt, gt, {'psnr': {**PSNR, 'crop_border': 7}})
-    with pytest.raises(UserError, match='baby: the output is 28x14x3, its ground truth 30x14x3'):
+    with pytest.raises(UserError, match='baby: the output is 28x14x3, its ground truth 30x14x3; check scale and'):
         score(gt[:, :28], gt, {'psnr': PSNR}, 'baby')
+    with pytest.raises(UserError, match='the output is 30x14x3, its ground truth 30x14; check color of the set'):
+        score(gt, gt[..., 0], {'psnr': PSNR}, 'baby')
     with pytest.raises(UserError, match="val.metrics.p.type: no metric named 'psnr'; known: .*calculate_psnr"):
         score(gt, gt, {'p': {'type': 'psnr'}})
     with pytest.raises(UserError, match='val.metrics.p .calculate_psnr. fails on the image'):
