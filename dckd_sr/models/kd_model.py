@@ -155,7 +155,7 @@ class KDModel(SRModel):
         try:
             found = gradients.against_first(pulls, self.net_g.parameters(), self.steps.scaled)
         except torch.OutOfMemoryError:
-            if asked:
+            if asked or self.opt['dist']:  # other processes wait for these gradients
                 raise
             self.watch.starts = []  # nobody asked: the training goes on without
             return

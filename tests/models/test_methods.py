@@ -13,6 +13,7 @@ from test_distributed import content, losses, start
 
 from dckd_sr import options, train
 from dckd_sr.errors import UserError
+from dckd_sr.ops import gradients
 from dckd_sr.ops.augment import draw_flags
 from dckd_sr.ops.resize import imresize
 from dckd_sr.ops.upcycling import draw_tiles
@@ -110,6 +111,23 @@ def test_two_steps_move_the_student_alone(methods, beside):
     if 'mclir_opt' in methods:
         assert log['l_mclir'] < 0
     assert not any(module._forward_hooks for net in (model.net_g, model.net_t) for module in net.modules())
+
+
+def test_a_measurement_that_nobody_asked_for_ends_no_training(monkeypatch):
+    """Where memory is too little for it; but of several processes the others would wait for ever."""
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError('full')
+
+    monkeypatch.setattr(gradients, 'against_first', full)
+    model = model_of(beside=tuple(DCKD))
+    model.watch = gradients.Watch(10)
+    before = flat(model.net_g)
+    step(model)
+    assert not torch.equal(before, flat(model.net_g)) and not model.watch.wants(2)
+    model.watch, model.opt['dist'] = gradients.Watch(10), True
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model)
 
 
 @pytest.mark.parametrize('method', METHODS)
