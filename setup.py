@@ -33,7 +33,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['dckd_sr', 'dckd_sr.*']),
-    package_data={'dckd_sr': ['report.html']},
+    package_data={'dckd_sr': ['report.html', 'fake_gpu.cpp']},
     # BasicSR 1.4.2 cannot be built on Python 3.13 (its setup.py reads locals() after exec).
     python_requires='>=3.9,<3.13',
     install_requires=[
