@@ -65,6 +65,7 @@ setup(
         'console_scripts': [
             'dckd-train = dckd_sr.train:main',
             'dckd-test = dckd_sr.test:main',
+            'dckd-doctor = dckd_sr.doctor:main',
         ],
     },
 )

@@ -62,12 +62,18 @@ def main(argv=None):
         options or arguments (one message, no traceback), 130 interrupted.
     """
     args = _parser().parse_args(argv)
-    if args.json not in (None, '-') and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f'--json {args.json}: no such folder')
-    target, read = Path(args.json or '-'), option_files.find(args.opt)[0]
-    if target.is_file() and read.is_file() and target.samefile(read):
-        raise UserError(f'--json {target}: the option file itself; name another file')
+    check_json(args.json, args.opt)
     return args.run(args)
+
+
+def check_json(path, option_file=None):
+    """Raises UserError where --json cannot be written, or is the option file itself."""
+    if path not in (None, '-') and not Path(path).absolute().parent.is_dir():
+        raise UserError(f'--json {path}: no such folder')
+    if option_file is not None:
+        target, read = Path(path or '-'), option_files.find(option_file)[0]
+        if target.is_file() and read.is_file() and target.samefile(read):
+            raise UserError(f'--json {target}: the option file itself; name another file')
 
 
 class _Parser(Parser):
@@ -186,7 +192,7 @@ def _step(args):
     if args.pairs != 0 and args.pairs < _LEAST_PAIRS:
         raise UserError(f'--pairs {args.pairs}: expected at least {_LEAST_PAIRS}, or 0 for none')
     result = step(args.opt, args.batch, args.device, args.pairs, args.force_yml, args.data)
-    _write(result, step_table(result), args.json)
+    write(result, step_table(result), args.json)
     return 1 if result['refused'] else 0
 
 
@@ -419,7 +425,7 @@ def _infer(args):
     if args.batch < 1:
         raise UserError(f'--batch {args.batch}: expected at least 1')
     result = infer(args.opt, args.batch, args.device, args.force_yml)
-    _write(result, infer_table(result), args.json)
+    write(result, infer_table(result), args.json)
     return 0
 
 
@@ -489,14 +495,15 @@ def _machine(opt, device):
     keys += [key for key in ('amp_bf16', 'amp_networks', 'compile_mode') if opt.get(key) and opt[_NEEDED[key]]]
     return {
         'device': device.type,
-        'machine': torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor(),
+        'machine': torch.cuda.get_device_name(device) if device.type == 'cuda' else processor(),
         'threads': torch.get_num_threads(),
         'torch': torch.__version__,
         'options': {key: opt[key] for key in keys},
     }
 
 
-def _processor():
+def processor():
+    """The name of this machine's processor."""
     with contextlib.suppress(OSError):
         found = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
         if found:
@@ -528,7 +535,7 @@ def step_table(result):
             )
         )
     lines = [_heading(result), f'batch {result["batch"]}, LQ {_sides(result["lq"])}, GT {_sides(result["gt"])}', '']
-    lines += _aligned(rows)
+    lines += aligned(rows)
     peak = ', '.join(f'{name} {value / 1e12:.3f} TFLOP/s' for name, value in peaks.items() if name != 'copy')
     lines += [
         '',
@@ -569,7 +576,7 @@ def infer_table(result):
     text = (
         f'input {_sides(result["input"])}, output {width}x{height}; images per second in batches of {result["batch"]}'
     )
-    return '\n'.join([_heading(result), text, '', *_aligned(rows)])
+    return '\n'.join([_heading(result), text, '', *aligned(rows)])
 
 
 def _heading(result):
@@ -578,7 +585,8 @@ def _heading(result):
     return f'{result["option_file"]} on {where} (torch {result["torch"]}), {fast}'
 
 
-def _aligned(rows):
+def aligned(rows):
+    """Lines of a table: rows of texts, all columns but the first flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
@@ -598,7 +606,8 @@ def _giga(number):
     return f'{number / 1e9:.{3 if number < 1e10 else 1}f}'
 
 
-def _write(result, table, path):
+def write(result, table, path):
+    """Print the table; with a path also write the result there as JSON, or with '-' print that in its place."""
     text = json.dumps(result, indent=2)
     if path == '-':
         print(text)

@@ -1,4 +1,4 @@
-"""The command lines of training and testing, and what all commands share.
+"""The command lines of training, testing and the doctor, and what all commands share.
 
 What stands here loads nothing, so that --help answers at once: `answer_help` runs before anything else of the package.
 """
@@ -78,9 +78,19 @@ def test_parser():
     return result
 
 
+def doctor_parser():
+    """The command line of the doctor."""
+    result = Parser(prog='dckd-doctor', description='Look at this machine, and at what an option file lacks here.')
+    add = result.add_argument
+    add('-opt', '--opt', metavar='FILE', help='option file of a training or a test, or the name of a shipped one')
+    add('--force_yml', nargs='+', metavar='A:B=VALUE', help='set keys of the file; values are YAML')
+    add('--json', metavar='FILE', help='write the findings there; - prints them in place of the text')
+    return result
+
+
 def answer_help():
-    """Print the help and exit (0) where this process is one of our two commands, asked for its help."""
-    command = {'train': parser, 'test': test_parser}.get(_command())
+    """Print the help and exit (0) where this process is one of these commands, asked for its help."""
+    command = {'train': parser, 'test': test_parser, 'doctor': doctor_parser}.get(_command())
     if command and {'-h', '--help'} & set(sys.argv[1:]):
         command().parse_args(['--help'])
 

@@ -273,7 +273,7 @@ def matmul_peak(device, dtype=torch.float32, tf32=False):
     matmul = torch.backends.cuda.matmul
     former, matmul.allow_tf32 = matmul.allow_tf32, tf32
     try:
-        return 2 * size**3 / _fastest(lambda: torch.mm(a, b), device)
+        return 2 * size**3 / fastest(lambda: torch.mm(a, b), device)
     finally:
         matmul.allow_tf32 = former
 
@@ -282,10 +282,11 @@ def copy_peak(device):
     """Bytes per second, read and written, of the fastest of several large copies."""
     source = torch.ones(2**28 if device.type == 'cuda' else 2**26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
 
 
-def _fastest(function, device, repeats=10):
+def fastest(function, device, repeats=10):
+    """Seconds of the fastest of several calls, after two that do not count."""
     seconds = []
     for _ in range(repeats + 2):
         wait(device)

@@ -14,7 +14,7 @@ import dckd_sr
 from dckd_sr import commands
 
 PACKAGE = Path(dckd_sr.__file__).parent
-PARSERS = {'train': commands.parser, 'test': commands.test_parser}
+PARSERS = {'train': commands.parser, 'test': commands.test_parser, 'doctor': commands.doctor_parser}
 
 
 def run(words, folder):
@@ -27,7 +27,7 @@ def run(words, folder):
     return result.stdout, {line.rpartition('|')[2].strip() for line in result.stderr.splitlines()}
 
 
-@pytest.mark.parametrize('verb', ['train', 'test'])
+@pytest.mark.parametrize('verb', PARSERS)
 @pytest.mark.parametrize('start', ['script', 'module', 'file'])
 def test_help_loads_nothing(verb, start, tmp_path, monkeypatch):
     if start == 'module' and sys.version_info < (3, 10):
@@ -87,6 +87,7 @@ def test_our_programs_answer(program, monkeypatch, capsys):
         ('compare', 'my.yml --seeds 1', '-opt my.yml'),
         ('prepare', 'teacher_cache my.yml', '-opt my.yml'),
         ('benchmark', 'step my.yml', '-opt my.yml'),
+        ('doctor', 'my.yml', '-opt my.yml'),
         ('benchmark', 'my.yml', 'step -opt my.yml'),
         ('export', 'net.pth my.yml --to onnx', '-opt my.yml'),
         ('options', 'my.yml', 'show my.yml'),

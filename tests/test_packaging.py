@@ -119,7 +119,7 @@ def test_packages_and_scripts(setup_arguments):
         name, _, target = script.partition(' = ')
         module, _, function = target.partition(':')
         assert callable(getattr(importlib.import_module(module), function))
-        assert name in {'dckd-train', 'dckd-test'}
+        assert name in {'dckd-train', 'dckd-test', 'dckd-doctor'}
 
 
 def test_a_wheel_carries_option_files_and_the_demo(tmp_path):
