@@ -9,6 +9,7 @@ Neither data nor weights are needed: batches come from a seed, and weights that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import platform
@@ -28,7 +29,18 @@ from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from dckd_sr import complexity, logs, option_checks, option_files, option_keys, options, processes, step_parts, train
+from dckd_sr import (
+    complexity,
+    logs,
+    option_checks,
+    option_files,
+    option_keys,
+    options,
+    precision,
+    processes,
+    step_parts,
+    train,
+)
 from dckd_sr.commands import Parser
 from dckd_sr.data import build_train_loader
 from dckd_sr.errors import UserError, entry_point
@@ -219,32 +231,40 @@ def step(path, batch_size=None, device=None, pairs=5, overrides=(), use_data=Fal
         model.feed_data(batch)
         reference = ReleasedStep(model) if pairs and type(model) is DCKDModel else None
         differences, refused = compare(model, reference, 1) if reference is not None else (None, None)
-        reference = None if refused else reference
-        rows, iteration = alternate(model, reference, batch, max(pairs, _LEAST_PAIRS), 2)
+        columns = {}
+        if reference is not None and not refused:
+            modes = ['released'] if _runs_as_released(model) else ['released', 'model']
+            columns = {mode: functools.partial(reference, mode=mode) for mode in modes}
+        rows, iteration = alternate(model, columns.values(), batch, max(pairs, _LEAST_PAIRS), 2)
         times = step_parts.times(model, batch, range(iteration, iteration + 3))
         iteration += 3
         flops, moved = step_parts.account(model, batch, iteration)
         memory = _memory(model, lambda: model.optimize_parameters(iteration + 1), model)
-        released = None if reference is None else _released(reference, rows, memory, iteration + 2)
+        beside = {
+            mode: _released(reference, column, [(row[number], row[-1]) for row in rows], memory, iteration + 2)
+            for number, (mode, column) in enumerate(columns.items())
+        }
+        released, equal = beside.get('released'), beside.get('model')
         peaks = step_parts.peaks(model.run)
         wait = _wait_for_data(model, opt, iteration) if use_data else None
     times['data'] += wait or 0
     parts = {}
     for part, seconds in times.items():
-        precision = step_parts.precision(model.run, part)
-        fastest = max(peaks['float32'], peaks[precision])
-        floor = max(flops.get(part, 0) / fastest, moved.get(part, 0) / peaks['copy'])
+        kinds = step_parts.precisions(model.run, part)
+        counts = flops.get(part, {})
+        products = sum(count / max(peaks['float32'], peaks[kinds[kind]]) for kind, count in counts.items())
+        floor, work = max(products, moved.get(part, 0) / peaks['copy']), sum(counts.values())
         parts[part] = {
             'seconds': seconds,
-            'flops': flops.get(part, 0),
-            'tflops': flops.get(part, 0) / seconds / 1e12 if seconds else 0,
+            'flops': work,
+            'tflops': work / seconds / 1e12 if seconds else 0,
             'bytes': moved.get(part, 0),
-            'precision': precision,
+            'precision': ' and '.join(dict.fromkeys(kinds.values())),
             'floor_seconds': floor,
             'times_floor': seconds / floor if floor else None,
         }
     size, seconds = len(batch['lq']), statistics.median(row[-1] for row in rows)
-    work, floor = sum(flops.values()), sum(part['floor_seconds'] for part in parts.values())
+    work, floor = (sum(part[key] for part in parts.values()) for key in ('flops', 'floor_seconds'))
     return {
         'command': 'step',
         'option_file': str(path),
@@ -266,9 +286,11 @@ def step(path, batch_size=None, device=None, pairs=5, overrides=(), use_data=Fal
         'peaks': peaks,
         'wait_for_data': wait,
         'released': released,
+        'released_at_equal_precision': equal,
         'differences': differences,
         'refused': refused,
         'ratio_to_released': None if released is None else released['ratio'],
+        'ratio_at_equal_precision': None if released is None else (equal or released)['ratio'],
     }
 
 
@@ -310,14 +332,15 @@ def _channels(opt, end):
 
 
 def compare(model, reference, iteration):
-    """One step of both, from the same state.
+    """One step of both, from the same state: the model as its options say, the reference in float32 without TF32.
 
     Returns:
         ({'losses': name -> relative difference, 'gradient': relative difference}, why they are not the same or None).
     """
     # What a compiled network draws, nobody else draws.
     draws, losses = model.run.compile_mode is None, []
-    for column, net in ((reference, reference.net_g), (model.optimize_parameters, model.net_g)):
+    plain = functools.partial(reference, mode='float32')
+    for column, net in ((plain, reference.net_g), (model.optimize_parameters, model.net_g)):
         net.train(draws)
         torch.manual_seed(iteration)
         losses.append(column(iteration))
@@ -331,7 +354,7 @@ def compare(model, reference, iteration):
     )
     losses = {name: abs(ours[name] - value) / max(abs(value), 1e-12) for name, value in theirs.items()}
     gradient = float((found - expected).norm() / expected.norm())
-    exact = not model.run.amp and not torch.backends.cuda.matmul.allow_tf32
+    exact = not model.run.amp and not any(precision.rounds(model.device))
     bounds = _EXACT if exact else _FAST
     refused = None
     if not (max(losses.values()) <= bounds[0] and gradient <= bounds[1]):
@@ -342,11 +365,19 @@ def compare(model, reference, iteration):
     return {'losses': losses, 'gradient': gradient}, refused
 
 
-def alternate(model, reference, batch, pairs, first):
+def _runs_as_released(model):
+    """Whether the model's step has the precision that torch gives by itself."""
+    return not model.run.amp and (model.device.type != 'cuda' or precision.tf32() == precision.DEFAULT)
+
+
+def alternate(model, references, batch, pairs, first):
     """Time whole steps, from the data to the EMA, in turn.
 
+    Args:
+        references: functions of an iteration, each a step of its own.
+
     Returns:
-        (list of (seconds of the reference, where there is one, seconds of the model), the next iteration).
+        (list of (seconds of each reference, seconds of the model), the next iteration).
     """
     iterations = iter(range(first, 10**9))
 
@@ -354,9 +385,12 @@ def alternate(model, reference, batch, pairs, first):
         model.feed_data(batch)
         model.optimize_parameters(next(iterations))
 
-    def released():
-        model.feed_data(batch)
-        reference(next(iterations))
+    def fed(reference):
+        def step():
+            model.feed_data(batch)
+            reference(next(iterations))
+
+        return step
 
     def seconds(step, count):
         step_parts.wait(model.device)
@@ -366,7 +400,7 @@ def alternate(model, reference, batch, pairs, first):
         step_parts.wait(model.device)
         return (time.perf_counter() - start) / count
 
-    steps = (ours,) if reference is None else (released, ours)
+    steps = (*map(fed, references), ours)
     for step in steps:
         seconds(step, 1)  # compiles, chooses kernels
     counts = {step: max(1, round(_SLICE / seconds(step, 1))) for step in steps}
@@ -378,11 +412,11 @@ def alternate(model, reference, batch, pairs, first):
     return rows, next(iterations)
 
 
-def _released(reference, rows, memory, iteration):
-    """What is reported of the reference."""
+def _released(reference, column, rows, memory, iteration):
+    """What is reported of the reference, in one of its modes."""
     with step_parts.counting(reference.model.run) as counter:
-        reference(iteration)
-    theirs = _memory(reference, lambda: reference(iteration), reference.model)
+        column(iteration)
+    theirs = _memory(reference, lambda: column(iteration), reference.model)
     ratios = [released / ours for released, ours in rows]
     return {
         'seconds': statistics.median(row[0] for row in rows),
@@ -491,7 +525,8 @@ def _set_up(opt):
 
 
 def _machine(opt, device):
-    keys = [key for key in (*option_keys.SPEED_KEYS, 'use_tf32') if opt.get(key)]
+    keys = [key for key in option_keys.SPEED_KEYS if opt.get(key)]
+    keys += ['use_tf32'] if opt.get('use_tf32') is not None else []
     keys += [key for key in ('amp_bf16', 'amp_networks', 'compile_mode') if opt.get(key) and opt[_NEEDED[key]]]
     return {
         'device': device.type,
@@ -547,15 +582,24 @@ def step_table(result):
         lines.append(f'the loader is waited for {_ms(result["wait_for_data"])} ms a step, {share:.1%} of it')
     if result['refused']:
         lines.append(f'no ratio to the released order: {result["refused"]}')
+    equal = result['released_at_equal_precision']
+    for name, label, row in (
+        ('ratio_to_released', 'released order', released),
+        ('ratio_at_equal_precision', 'released order in the precision of this step', equal),
+    ):
+        if row is not None:
+            lines += [
+                f'{label}: {_ms(row["seconds"])} ms, {_giga(row["flops"])} GFLOP, '
+                f'peak memory {_giga(row["peak_memory"])} GB',
+                f'{name} {row["ratio"]:.2f} (median of {len(row["pairs"])} alternating pairs, '
+                f'{row["ratio_min"]:.2f} to {row["ratio_max"]:.2f}), memory {row["memory_ratio"]:.2f}',
+            ]
     if released is not None:
         off = result['differences']
-        lines += [
-            f'released order: {_ms(released["seconds"])} ms, {_giga(released["flops"])} GFLOP, '
-            f'peak memory {_giga(released["peak_memory"])} GB',
-            f'ratio_to_released {released["ratio"]:.2f} (median of {len(released["pairs"])} alternating pairs, '
-            f'{released["ratio_min"]:.2f} to {released["ratio_max"]:.2f}), memory {released["memory_ratio"]:.2f}; '
-            f'losses differ by {max(off["losses"].values()):.1e}, gradients by {off["gradient"]:.1e}',
-        ]
+        lines.append(
+            f'losses differ by {max(off["losses"].values()):.1e}, gradients by {off["gradient"]:.1e} from those of the '
+            'released order in float32'
+        )
     return '\n'.join(lines)
 
 

@@ -300,7 +300,9 @@ class Top(Section):
         'default', description="torch.compile's mode"
     )
     use_checkpoint: bool = Field(False, description="compute the student's activations twice, to keep fewer of them")
-    use_tf32: bool = Field(False, description='TF32 for matrix products and convolutions on GPUs')
+    use_tf32: Optional[bool] = Field(
+        None, description="TF32 on GPUs: true in convolutions and matrix products, false in none; torch's way if empty"
+    )
     compare: Optional[Block] = Field(None, description='of dckd_sr.compare: methods of the file, by name')
     val: Val = Val()
     logger: Logger = Logger()

@@ -8,7 +8,6 @@ computed is what `DCKDModel` computes, and negatives are drawn as there.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 
@@ -16,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dckd_sr import precision
 from dckd_sr.models.dckd_model import DCKDModel
 from dckd_sr.ops import augment
 
 
 class ReleasedStep:
-    """Copies of a model's networks, in plain memory format and float32, with their own optimiser.
+    """Copies of a model's networks, in plain memory format, with their own optimiser.
 
     Args:
         model: a DCKDModel in training, of one process. It is not changed; its criteria and draws are used.
@@ -35,33 +35,49 @@ class ReleasedStep:
         cls, given = type(model.optimizer_g), model.optimizer_g.defaults
         options = {key: value for key, value in given.items() if key in inspect.signature(cls).parameters}
         self.optimizer_g = cls(self.net_g.parameters(), **{**options, 'fused': None} if 'fused' in options else options)
+        self.scaler, self._unscaled = (
+            torch.amp.GradScaler(model.device.type, enabled=enabled)
+            for enabled in (model.run.scaler is not None, False)
+        )
+        self._as_model = False
 
     def terms(self, current_iter: int) -> dict[str, torch.Tensor]:
         """The weighted losses of the model's present batch; see `DCKDModel.terms`."""
         model, lq = self.model, self.model.lq
-        student, consistent = self.net_g(lq), None
+        student, consistent = self._images('student', self.net_g, lq), None
         if self.net_t is None:
             teacher = consistent = model.gt
         elif model.cri_lcr is None:
-            teacher = self.net_t(lq)
+            teacher = self._images('teacher', self.net_t, lq)
         else:
             seed = model.opt.get('manual_seed') or 0
             flags = augment.draw_flags(model.lcr_prob, len(lq), seed, current_iter, model.first_index(current_iter))
-            teacher, augmented = self.net_t(torch.cat([lq, augment.augment(lq, flags)])).chunk(2)
+            both = torch.cat([lq, augment.augment(lq, flags)])
+            teacher, augmented = self._images('teacher', self.net_t, both).chunk(2)
             consistent = augment.invert(augmented, flags)
         terms = model.image_terms(student, teacher)
         if model.cri_lcr is not None:
             terms['l_lcr'] = model.cri_lcr(student, consistent)
         if model.cri_cl is not None:
-            negatives = self.net_his(model.negative_inputs(current_iter)).split(len(lq))
-            features = [self.levels(images) for images in (student, teacher, *negatives)]
+            negatives = self._images('history', self.net_his, model.negative_inputs(current_iter)).split(len(lq))
+            with self._autocast('encoder'):
+                features = [self.levels(images) for images in (student, teacher, *negatives)]
             terms['l_cl'] = self.contrast(*features)
         if model.cri_ce is not None:
-            logits = self.logits(student), self.logits(teacher)
+            with self._autocast('encoder'):
+                logits = self.logits(student).float(), self.logits(teacher).float()
             scores = logits[0].softmax(1) if model.cri_ce.form == 'released' else logits[0]
             loss = F.cross_entropy(scores, logits[1].softmax(1), reduction=model.cri_ce.reduction)
             terms['l_ce'] = model.cri_ce.loss_weight * loss
         return terms
+
+    def _autocast(self, role):
+        """As the model runs the network of this role, if the present step does as the model."""
+        return self.model.run.autocast(role, self._as_model)
+
+    def _images(self, role, net, x):
+        with self._autocast(role):
+            return net(x).float()
 
     def levels(self, images):
         """The outputs of the first residual blocks; the coarsest level ends there."""
@@ -106,16 +122,25 @@ class ReleasedStep:
             total = total + weight * (near / (far + 1e-7)) * counts
         return criterion.loss_weight * total
 
-    def __call__(self, current_iter: int) -> dict[str, float]:
-        """A whole step: losses, gradients, weights, EMA; BasicSR reads every loss on the host."""
+    def __call__(self, current_iter: int, mode: str = 'released') -> dict[str, float]:
+        """A whole step: losses, gradients, weights, EMA; BasicSR reads every loss on the host.
+
+        Args:
+            mode: its precision: that of the released code, which is what torch does by itself; that of the model; or
+                float32 without TF32.
+        """
+        self._as_model = mode == 'model'
+        scaler = self.scaler if self._as_model else self._unscaled
         self.optimizer_g.zero_grad()
         self.model.mix(current_iter)
-        with _without_tf32():
+        with precision.tf32_as({'released': None, 'float32': False}.get(mode, self.model.opt.get('use_tf32'))):
             terms = self.terms(current_iter)
-            sum(terms.values()).backward()
+            scaler.scale(sum(terms.values())).backward()
+        scaler.unscale_(self.optimizer_g)
         if self.model.steps.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.net_g.parameters(), self.model.steps.grad_clip)
-        self.optimizer_g.step()
+        scaler.step(self.optimizer_g)
+        scaler.update()
         losses = {name: value.mean().item() for name, value in terms.items()}
         if self.net_g_ema is not None:
             ours, decay = dict(self.net_g.named_parameters()), self.model.ema_decay
@@ -131,19 +156,6 @@ def _plain(net):
     for module in net.modules():
         vars(module).pop('forward', None)  # activation checkpointing
     return net
-
-
-@contextlib.contextmanager
-def _without_tf32():
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    former = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, former):
-            backend.allow_tf32 = allowed
 
 
 def _swish(x):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dckd_sr import checkpoint, options
 from dckd_sr.download import sha256_of
 
@@ -81,6 +83,8 @@ def describe(opt: dict[str, Any], without: tuple[str, ...], more: dict[str, Any]
             except OSError as error:  # who reads it will say so
                 contents[key] = [path, f'not readable: {error.strerror}']
     plain = {key: value for key, value in flat(options.portable(opt)) if counts(key) and key not in contents}
+    if 'use_tf32' in plain and (opt.get('num_gpu') == 0 or not torch.cuda.is_available()):
+        plain['use_tf32'] = False  # whatever it is: CPUs have none
     return json.loads(json.dumps({'options': {**plain, **more}, 'contents': contents}, default=str))
 
 

@@ -15,6 +15,7 @@ from basicsr.utils import get_root_logger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dckd_sr import precision
 from dckd_sr.errors import reason
 from dckd_sr.ops import winograd
 
@@ -27,7 +28,7 @@ class Speed:
     Args:
         opt: the whole option dict: ``use_amp`` (mixed precision, float16 or with ``amp_bf16`` bfloat16) for the roles
             in ``amp_networks`` (all), ``use_channels_last``, ``use_compile`` with ``compile_mode``, ``use_checkpoint``,
-            ``use_tf32``. Absent keys are off.
+            ``use_tf32`` (absent: as torch does by itself). Other absent keys are off.
         device: where the networks are.
 
     Attributes:
@@ -54,8 +55,7 @@ class Speed:
             from torch._functorch import config as functorch_config  # seconds, and only here
 
             functorch_config.donated_buffer = False
-        # torch leaves TF32 on for convolutions; float32 means float32 here.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(opt.get('use_tf32'))
+        precision.set_tf32(opt.get('use_tf32'))
 
     def prepare(self, role: str, net: nn.Module) -> nn.Module:
         """Set up a network, in place, before training; its parameters' names and values stay.
@@ -92,14 +92,15 @@ class Speed:
         """``net(x, **arguments)``, x being (B, C, h, w). Output images are float32, also where the network is not."""
         if role in self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with self._autocast(role):
+        with self.autocast(role):
             plain = self.compile_mode is None or role in self._uncompiled
             out = net(x, **arguments) if plain else self._run_compiled(role, net, x, arguments)
         half = isinstance(out, torch.Tensor) and out.dtype in (torch.float16, torch.bfloat16)
         return out.float() if half else out
 
-    def _autocast(self, role):
-        if role not in self.amp:
+    def autocast(self, role: str, use: bool = True):
+        """The context of mixed precision, where the option file asks for it."""
+        if not use or role not in self.amp:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dckd_sr import precision
 from dckd_sr.complexity import Living
 from dckd_sr.ops import winograd
 
@@ -191,13 +192,22 @@ def account(model, batch, iteration):
     """FLOPs of a step's parts, and the bytes that they cannot but move; see `Ledger`.
 
     Returns:
-        (part -> FLOPs, part -> bytes).
+        (part -> {'convolutions': FLOPs, 'products': those of all else}, part -> bytes).
     """
     ledger = Ledger({_key(tensor) for tensor in tensors_of(model)})
     model.optimizer_g.zero_grad()
     with counting(model.run) as counter, ledger:
-        borders = parts_of_step(model, batch, iteration, lambda: (counter.get_total_flops(), ledger.close()))
-    return tuple(borders.sums(lambda a, b, i=i: b[i] - a[i]) for i in (0, 1))
+        borders = parts_of_step(model, batch, iteration, lambda: (*_kinds(counter), ledger.close()))
+    convolutions, products, moved = (borders.sums(lambda a, b, i=i: b[i] - a[i]) for i in range(3))
+    flops = {part: {'convolutions': count, 'products': products[part]} for part, count in convolutions.items()}
+    return flops, moved
+
+
+def _kinds(counter):
+    """FLOPs so far: of convolutions, and of all else."""
+    counts = counter.get_flop_counts().get('Global', {})
+    convolutions = sum(count for operation, count in counts.items() if 'convolution' in str(operation))
+    return convolutions, sum(counts.values()) - convolutions
 
 
 def tensors_of(holder):
@@ -270,12 +280,8 @@ def matmul_peak(device, dtype=torch.float32, tf32=False):
     """FLOP/s of the fastest of several large matrix products."""
     size = 8192 if device.type == 'cuda' else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = torch.backends.cuda.matmul
-    former, matmul.allow_tf32 = matmul.allow_tf32, tf32
-    try:
+    with precision.tf32_as(tf32):
         return 2 * size**3 / fastest(lambda: torch.mm(a, b), device)
-    finally:
-        matmul.allow_tf32 = former
 
 
 def copy_peak(device):
@@ -309,9 +315,10 @@ def peaks(run):
     return found
 
 
-def precision(run, part):
-    """The name of the fastest precision that a `Speed` lets a part's products have."""
+def precisions(run, part):
+    """'convolutions' and 'products' -> the fastest precision that a `Speed` lets those of a part have."""
     roles = {'backward': ('student', 'encoder'), 'encoder_grad': ('encoder',), 'encoder_no_grad': ('encoder',)}
     if set(roles.get(part, (part,))) & set(run.amp):
-        return 'bfloat16'  # float16's products take as long
-    return 'tf32' if run.device.type == 'cuda' and torch.backends.cuda.matmul.allow_tf32 else 'float32'
+        return dict.fromkeys(precision.TF32._fields, 'bfloat16')  # float16's products take as long
+    rounded = precision.rounds(run.device)._asdict()
+    return {kind: 'tf32' if used else 'float32' for kind, used in rounded.items()}

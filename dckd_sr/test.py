@@ -21,7 +21,7 @@ from basicsr.archs import build_network
 from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str
 
-from dckd_sr import checkpoint, logs, option_keys, options, processes, sources
+from dckd_sr import checkpoint, logs, option_keys, options, precision, processes, sources
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import SeveralErrors, UserError, entry_point, reason
@@ -79,6 +79,8 @@ def test(opt, args, notes=()):
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
     for note in notes:
         logger.warning(note)
+    if device.type == 'cuda':
+        logger.info(precision.describe(opt, device))
 
     val, scale = opt.get('val') or {}, opt.get('scale', 1)
     metrics, save_img = val.get('metrics') or {}, args.save_img or val.get('save_img', False)
@@ -115,7 +117,7 @@ def test(opt, args, notes=()):
             for note in result.notes:
                 logger.warning(f'{network} on {set_name}: {note}')
 
-    about = _about(opt, results, metrics, missing, {**sizes, **_fast(opt)})
+    about = _about(opt, results, metrics, missing, {**sizes, **_fast(opt, device)})
     paths = write_results(root, results, about, made)
     logger.info('Results:\n' + format_table(results))
     logger.info(f'Written to {root}: ' + ', '.join(path.name for path in paths))
@@ -156,9 +158,11 @@ def _speed(opt, device):
     return Speed({**opt, 'use_compile': False}, device), [f'use_compile: {why}']
 
 
-def _fast(opt):
+def _fast(opt, device):
     """What changes scores a little, as a reader of the table must know."""
-    return {key: opt[key] for key in ('use_amp', 'amp_bf16', 'amp_networks', 'use_tf32') if opt.get(key)}
+    rounded = [name for name, used in precision.rounds(device)._asdict().items() if used]
+    fast = {key: opt[key] for key in ('use_amp', 'amp_bf16', 'amp_networks') if opt.get(key)}
+    return {**fast, 'TF32': ', '.join(rounded)}
 
 
 def split_sets(datasets):

@@ -28,7 +28,18 @@ from basicsr.utils.logger import init_tb_logger, init_wandb_logger
 from basicsr.utils.options import dict2str
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, locks, logs, network_facts, option_changes, option_keys, options, processes, sources
+from dckd_sr import (
+    checkpoint,
+    locks,
+    logs,
+    network_facts,
+    option_changes,
+    option_keys,
+    options,
+    precision,
+    processes,
+    sources,
+)
 from dckd_sr.data import build_train_loader, build_val_loaders
 from dckd_sr.data.seeded import SeededDataset
 from dckd_sr.errors import UserError, entry_point, reason
@@ -84,7 +95,7 @@ def prepare(opt, args, notes, held):
     """
     set_random_seed(opt['manual_seed'])  # networks start equal on all ranks
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (torch leaves TF32 on for convolutions)
+    precision.set_tf32(opt.get('use_tf32'))  # also for BasicSR's own models
     if opt['num_gpu'] == 0:
         processes.keep_freed_memory()
     bar = sys.stderr.isatty() and opt['rank'] == 0
@@ -131,6 +142,11 @@ def prepare(opt, args, notes, held):
         f'Training: {len(train_loader.dataset)} images, batch {describe_batch(opt, sampler)} on {model.device}, '
         f'{sampler.iterations_per_epoch} iterations an epoch, {int(opt["train"]["total_iter"])} iterations.'
     )
+    if model.device.type == 'cuda':
+        logger.info(precision.describe(opt, model.device))
+        advice = precision.advice(opt, model.device)
+        if advice:
+            logger.warning(advice)
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')
     model.run_state = {'options': text, 'failures': ((state or {}).get('dckd_sr') or {}).get('failures', 0)}

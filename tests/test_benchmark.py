@@ -1,6 +1,7 @@
 """What the benchmark counts is countable by hand, and what it compares with computes the same step."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from basicsr.models import build_model
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from dckd_sr import benchmark, safe_yaml, step_parts
+from dckd_sr import benchmark, precision, safe_yaml, speed, step_parts
 from dckd_sr.errors import UserError
 from dckd_sr.released import ReleasedStep
-from dckd_sr.speed import Speed
 
 PEAKS = {'float32': 1e11, 'copy': 1e10}
 
@@ -79,18 +79,54 @@ def test_the_released_order_runs_the_encoder_image_by_image():
     assert sizes == [2] * 7
 
 
-def test_the_released_order_is_float32_beside_fast_modes():
-    model = built('use_tf32=true', 'use_channels_last=true', 'use_checkpoint=true')
-    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+@pytest.mark.parametrize(
+    'mode, overrides, expected',
+    [
+        ('released', (), (True, False)),
+        ('released', ['use_tf32=true'], (True, False)),
+        ('released', ['use_tf32=false'], (True, False)),
+        ('model', ['use_tf32=true'], (True, True)),
+        ('model', ['use_tf32=false'], (False, False)),
+        ('float32', ['use_tf32=true'], (False, False)),
+        ('float32', (), (False, False)),
+    ],
+)
+def test_the_released_order_has_a_precision_of_its_own(mode, overrides, expected):
+    model = built(*overrides, 'use_channels_last=true', 'use_checkpoint=true')
+    ours = precision.tf32()
     reference, seen = ReleasedStep(model), []
-    hook = lambda net, x, out: seen.append((torch.backends.cudnn.allow_tf32, out.is_contiguous()))  # noqa: E731
+    hook = lambda net, x, out: seen.append((precision.tf32(), out.is_contiguous()))  # noqa: E731
     for net in (reference.net_g, reference.net_t, reference.net_his, reference.net_vqgan.encoder.conv_in):
         net.register_forward_hook(hook)
-    reference(1)
-    assert len(seen) == 10 and set(seen) == {(False, True)}
+    reference(1, mode)
+    assert len(seen) == 10 and set(seen) == {(expected, True)}
     assert not any('forward' in vars(module) for module in reference.net_g.modules())
-    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
-    Speed({}, 'cpu')
+    assert precision.tf32() == ours
+    precision.set_tf32(None)
+
+
+@pytest.mark.parametrize('overrides', [['amp_bf16=true'], [], ['amp_networks=[teacher, encoder]']])
+def test_the_released_order_has_mixed_precision_in_the_models_mode_only(overrides):
+    model = built('use_amp=true', *overrides)
+    reference, seen = ReleasedStep(model), {}
+    for role, net in (
+        ('student', reference.net_g.conv_first),
+        ('teacher', reference.net_t.conv_first),
+        ('history', reference.net_his.conv_first),
+        ('encoder', reference.net_vqgan.encoder.conv_in),
+    ):
+        net.register_forward_hook(lambda net, x, out, role=role: seen.setdefault(role, set()).add(out.dtype))
+    before = [parameter.clone() for parameter in reference.net_g.parameters()]
+    reference.scaler = torch.amp.GradScaler('cpu', init_scale=16, enabled=model.run.scaler is not None)
+    losses = reference(1, 'model')
+    half = {model.run.dtype}
+    assert seen == {role: half if role in model.run.amp else {torch.float32} for role in speed.ROLES}
+    assert all(math.isfinite(value) for value in losses.values())
+    moved = [not torch.equal(a, b) for a, b in zip(before, reference.net_g.parameters())]
+    assert any(moved)
+    seen.clear()
+    reference(2)
+    assert set.union(*seen.values()) == {torch.float32}
 
 
 def test_columns_share_nothing_that_a_step_changes():
@@ -133,8 +169,10 @@ def test_counts_are_those_of_a_hand():
     model.feed_data(batch)
     flops, moved = step_parts.account(model, batch, 1)
     convolution = 2 * (3 * 3 * 3) * (2 * 3 * 5 * 7)
-    assert flops['student'] == flops['teacher'] == flops['backward'] == convolution  # the batch needs no gradient
-    assert flops['losses'] == flops['optimizer'] == flops['data'] == 0
+    counts = {part: tuple(kinds.values()) for part, kinds in flops.items()}
+    # The batch needs no gradient.
+    assert counts['student'] == counts['teacher'] == counts['backward'] == (convolution, 0)
+    assert counts['losses'] == counts['optimizer'] == counts['data'] == (0, 0)
     image, weight = 4 * 2 * 3 * 5 * 7, 4 * 3 * 3 * 3 * 3
     assert moved['student'] == moved['teacher'] == image + weight + image
     # SGD reads gradient and weight, and writes the weight.
@@ -201,7 +239,7 @@ def test_steps_take_turns(monkeypatch):
             calls.append(('ours', iteration))
 
     monkeypatch.setattr(benchmark, '_SLICE', 0)
-    rows, following = benchmark.alternate(Column(), lambda i: calls.append(('released', i)), None, 5, 7)
+    rows, following = benchmark.alternate(Column(), [lambda i: calls.append(('released', i))], None, 5, 7)
     turns = [name for name, _ in calls[-10:]]
     assert turns == ['released', 'ours', 'ours', 'released', 'released', 'ours', 'ours', 'released', 'released', 'ours']
     assert [iteration for _, iteration in calls] == list(range(7, following))
@@ -214,17 +252,21 @@ def test_step_reports_every_field(quick, capsys):
     assert set(result) == {
         'command', 'option_file', 'model_type', 'device', 'machine', 'threads', 'torch', 'options', 'batch', 'lq', 'gt',
         'parts', 'step', 'peaks', 'wait_for_data', 'released', 'differences', 'refused', 'ratio_to_released',
+        'released_at_equal_precision', 'ratio_at_equal_precision',
     }  # fmt: skip
     assert result['lq'] == [3, 3, 8, 8] and result['gt'] == [3, 3, 16, 16]
     assert set(result['parts']) == set(step_parts.PARTS)
     for row in result['parts'].values():
         assert set(row) == {'seconds', 'flops', 'tflops', 'bytes', 'precision', 'floor_seconds', 'times_floor'}
-        assert row['floor_seconds'] == max(row['flops'] / PEAKS['float32'], row['bytes'] / PEAKS['copy'])
+        floor = max(row['flops'] / PEAKS['float32'], row['bytes'] / PEAKS['copy'])
+        assert row['floor_seconds'] == pytest.approx(floor)
     assert result['step']['flops'] == sum(row['flops'] for row in result['parts'].values())
     assert result['step']['peak_memory'] > 1e6
     released = result['released']
     assert released['flops'] > result['step']['flops'] and len(released['pairs']) == 5
     assert result['ratio_to_released'] == statistics.median(theirs / ours for theirs, ours in released['pairs'])
+    assert result['released_at_equal_precision'] is None  # it is as released
+    assert result['ratio_at_equal_precision'] == result['ratio_to_released']
     assert released['ratio_min'] <= released['ratio'] <= released['ratio_max']
     assert set(result['differences']) == {'losses', 'gradient'} and result['refused'] is None
 
@@ -237,6 +279,51 @@ def test_step_prints_a_table_and_writes_the_figures(quick, capsys):
         assert text in out
     assert 'ratio_to_released' not in out
     assert json.loads(Path('figures.json').read_text())['ratio_to_released'] is None
+
+
+def test_another_precision_has_a_column_of_its_own(quick, capsys, monkeypatch):
+    modes, step = [], ReleasedStep.__call__
+    monkeypatch.setattr(step_parts, 'peaks', lambda run: {**PEAKS, 'bfloat16': 1e12})
+    monkeypatch.setattr(ReleasedStep, '__call__', lambda self, i, mode: modes.append(mode) or step(self, i, mode))
+    overrides = ['use_amp=true', 'amp_bf16=true', 'amp_networks=[teacher]']
+    arguments = ['step', '-opt', option_file(), '--device', 'cpu', '--json', 'figures.json']
+    assert benchmark.main([*arguments, '--force_yml', *overrides]) == 0
+    out, result = capsys.readouterr().out, json.loads(Path('figures.json').read_text())
+    assert 'ratio_to_released' in out and 'ratio_at_equal_precision' in out
+    assert result['parts']['teacher']['precision'] == 'bfloat16'
+    equal = result['released_at_equal_precision']
+    assert modes[0] == 'float32' and modes.count('model') == modes.count('released') > 5
+    assert result['ratio_at_equal_precision'] == equal['ratio'] and equal['pairs'] != result['released']['pairs']
+    assert [row[1] for row in equal['pairs']] == [row[1] for row in result['released']['pairs']]
+
+
+@pytest.mark.parametrize(
+    'overrides, device, bounds',
+    [
+        ((), 'cpu', (1e-4, 1e-2)),
+        (['use_tf32=true'], 'cpu', (1e-4, 1e-2)),  # there is none on CPUs
+        (['use_amp=true', 'amp_bf16=true'], 'cpu', (5e-2, 0.5)),
+        ((), 'cuda', (5e-2, 0.5)),
+        (['use_tf32=true'], 'cuda', (5e-2, 0.5)),
+        (['use_tf32=false'], 'cuda', (1e-4, 1e-2)),
+    ],
+)
+def test_what_must_be_equal_depends_on_the_precision(overrides, device, bounds, monkeypatch):
+    model = built(*overrides)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (9, 0))
+    monkeypatch.setattr(model, 'device', torch.device(device))
+    reference = ReleasedStep(model)
+    monkeypatch.setattr(reference, 'contrast', lambda *features: features[0][0].mean().abs() + 1)
+    assert benchmark.compare(model, reference, 1)[1].endswith(f'(allowed: {bounds[0]:g} and {bounds[1]:g})')
+    precision.set_tf32(None)
+
+
+def test_floors_know_convolutions_from_products():
+    run = speed.Speed({}, 'cpu')
+    assert step_parts.precisions(run, 'student') == {'convolutions': 'float32', 'products': 'float32'}
+    run = speed.Speed({'use_amp': True, 'amp_bf16': True, 'amp_networks': ['encoder']}, 'cpu')
+    assert set(step_parts.precisions(run, 'backward').values()) == {'bfloat16'}
+    assert set(step_parts.precisions(run, 'teacher').values()) == {'float32'}
 
 
 def test_no_ratio_to_another_step(quick, monkeypatch, capsys):

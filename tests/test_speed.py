@@ -10,6 +10,7 @@ from small_run import SWINIR, VQGAN, edsr
 from torch import nn
 
 import dckd_sr  # noqa: F401
+from dckd_sr import precision
 from dckd_sr.speed import Speed, _blocks
 
 DIRECT = {**SWINIR, 'upsampler': 'pixelshuffledirect'}
@@ -218,13 +219,12 @@ def test_mixed_precision_on_a_processor_that_has_none(capability, use_amp, warne
     assert ('no instructions for 16 bits' in caplog.text) == warned
 
 
-def test_float32_means_float32():
-    torch.backends.cudnn.allow_tf32 = True
-    Speed({}, 'cpu')
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    Speed({'use_tf32': True}, 'cpu')
-    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
-    Speed({}, 'cpu')
+@pytest.mark.parametrize('use, expected', [(None, (True, False)), (False, (False, False)), (True, (True, True))])
+def test_tf32_is_as_the_options_say(use, expected, monkeypatch):
+    monkeypatch.setattr(precision, 'DEFAULT', precision.TF32(True, False))
+    with precision.tf32_as(True):
+        Speed({} if use is None else {'use_tf32': use}, 'cpu')
+        assert precision.tf32() == expected
 
 
 def test_channels_last_networks_see_such_images():
