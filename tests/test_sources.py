@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import dckd_run, write
 
 from dckd_sr import options, sources, train
@@ -100,3 +101,10 @@ def test_a_training_records_it_and_its_end(opt):
     assert sources.final_weights(folder) is None
     (folder / sources.RECORD).write_text('{')
     assert sources.lacking(folder, made(opt)) == 'there is no record of what it was made from'
+
+
+@pytest.mark.parametrize('there, num_gpu, same', [(False, 1, True), (True, 0, True), (True, 1, False)])
+def test_tf32_counts_where_there_is_some(there, num_gpu, same, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: there)
+    former, now = (sources.describe({'use_tf32': value, 'num_gpu': num_gpu}, (), {}) for value in (False, None))
+    assert (sources.difference(former, now) is None) == same
