@@ -34,7 +34,7 @@ from basicsr.archs import build_network
 from basicsr.utils import set_random_seed
 from torch import nn
 
-from dckd_sr import benchmark, checkpoint, complexity, logs, option_files, options, step_parts, test, train
+from dckd_sr import benchmark, checkpoint, complexity, logs, option_files, options, precision, step_parts, test, train
 from dckd_sr.commands import doctor_parser
 from dckd_sr.data import build_train_loader, build_val_loader
 from dckd_sr.errors import SeveralErrors, UserError, entry_point, reason
@@ -202,17 +202,14 @@ def convolution(device):
     on_gpu, found = device.type == 'cuda', {}
     net = nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
     x = torch.rand(16 if on_gpu else 1, 128, 96, 96, device=device).contiguous(memory_format=torch.channels_last)
-    backend = torch.backends.cudnn
-    former = backend.allow_tf32
     for name in ('float32', *(['tf32'] if on_gpu else []), 'bfloat16', 'float16'):
-        backend.allow_tf32 = name == 'tf32'
         half = getattr(torch, name) if name.endswith('16') else None
         try:
-            with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+            autocast = torch.autocast(device.type, half, enabled=half is not None)
+            with torch.no_grad(), precision.tf32_as(name == 'tf32'), autocast:
                 found[name] = step_parts.fastest(lambda: net(x), device, 5)
         except RuntimeError as error:
             found[name] = reason(error)
-    backend.allow_tf32 = former
     return found
 
 
@@ -437,7 +434,10 @@ def advice(facts, file=None):
             + ': leave use_amp out.'
         )
     if gains['tf32'] and gains['tf32'] >= FASTER:
-        found.append(f'TF32: a wide convolution is {gains["tf32"]:.1f} times as fast as in float32: use_tf32: true.')
+        found.append(
+            f'TF32: a wide convolution is {gains["tf32"]:.1f} times as fast as in float32. Convolutions have it unless '
+            'use_tf32 is false; use_tf32: true lets matrix products have it, too.'
+        )
     if not on_gpu:
         found.append(
             'No GPU: python -m dckd_sr.benchmark step -opt FILE --batch 1 says what a step takes here, and '
