@@ -106,5 +106,6 @@ def test_a_training_records_it_and_its_end(opt):
 @pytest.mark.parametrize('there, num_gpu, same', [(False, 1, True), (True, 0, True), (True, 1, False)])
 def test_tf32_counts_where_there_is_some(there, num_gpu, same, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: there)
-    former, now = (sources.describe({'use_tf32': value, 'num_gpu': num_gpu}, (), {}) for value in (False, None))
+    opt = {'num_gpu': num_gpu, 'path': {}, 'datasets': {}}
+    former, now = (sources.describe({**opt, 'use_tf32': value}, (), {}) for value in (False, None))
     assert (sources.difference(former, now) is None) == same
