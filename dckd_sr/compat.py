@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -219,12 +218,11 @@ def repair_optimizers():
     import torch
     from basicsr.models.base_model import BaseModel
 
+    from dckd_sr.ops.stepping import device_settings
+
     def get_optimizer(self, optim_type, params, lr, **kwargs):
         params, cls = list(params), getattr(torch.optim, optim_type)
-        fuses = 'fused' in inspect.signature(cls).parameters and not {'fused', 'foreach'} & set(kwargs)
-        if fuses and self.device.type == 'cuda':
-            kwargs['fused'] = True  # one kernel, and it can be told on the device to leave a step out
-        return self.steps.attach(cls(params, lr=lr, **kwargs))
+        return self.steps.attach(cls(params, lr=lr, **device_settings(cls, self.device, kwargs), **kwargs))
 
     BaseModel.get_optimizer = get_optimizer
 

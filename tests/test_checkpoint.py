@@ -387,3 +387,85 @@ def test_weights_of_another_scale(kind, options, said, tmp_path):
     with pytest.raises(UserError, match=f'does not fit this {kind}') as error:
         checkpoint.load_network(four, str(path))
     assert 'another scale' not in str(error.value)
+
+
+def stepped(net, cls, batches, state=None, **options):
+    """A network after steps of an optimiser that goes on from a state, as the models build and restore it."""
+    optimizer = cls(net.parameters(), 0.01, **options)
+    model = types.SimpleNamespace(optimizers=[optimizer], schedulers=[], opt={}, device=torch.device('cpu'))
+    if state is not None:
+        checkpoint.restore_state(
+            model, {'optimizers': [state], 'schedulers': [], 'dckd_sr': {'generators': [None] * 2}}
+        )
+    for batch in batches:
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+BEFORE_FUSED = ('fused', 'foreach', 'capturable', 'differentiable', 'maximize')  # what states of old torch lack
+
+
+@pytest.mark.parametrize('saved', [{}, {'fused': True}, {'foreach': True}, 'old'])
+@pytest.mark.parametrize('now', [{}, {'fused': True}, {'foreach': True}])
+@pytest.mark.parametrize('formats', [(0, 0), (0, 1), (1, 0)])
+@pytest.mark.parametrize('name, options', [('Adam', {'amsgrad': True}), ('AdamW', {}), ('SGD', {'momentum': 0.9})])
+def test_states_go_on_with_other_kernels_and_memory_formats(name, options, saved, now, formats):
+    """CUDA trains with fused kernels, the CPU without; a state of one goes on as if it had been written there."""
+    cls, batches = getattr(torch.optim, name), torch.rand(4, 2, 3, 8, 8)
+    layouts = [torch.channels_last if chosen else torch.contiguous_format for chosen in formats]
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 3))
+    expected = copy.deepcopy(net)
+    stepped(expected, cls, batches, **options)
+    first = copy.deepcopy(net).to(memory_format=layouts[0])
+    state = stepped(first, cls, batches[:2], **options, **({} if saved == 'old' else saved)).state_dict()
+    if saved == 'old':
+        for group in state['param_groups']:
+            for key in BEFORE_FUSED:
+                group.pop(key, None)
+    second = copy.deepcopy(net).to(memory_format=layouts[1])
+    second.load_state_dict(first.state_dict())
+    optimizer = stepped(second, cls, batches[2:], copy.deepcopy(state), **options, **now)
+    for group in optimizer.param_groups:
+        assert group['fused'] == now.get('fused') and group['foreach'] == now.get('foreach')
+    for a, b in zip(second.parameters(), expected.parameters()):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('new_rates', [False, True])
+@pytest.mark.parametrize('name', ['Adam', 'RMSprop', 'SGD'])
+@pytest.mark.parametrize('lacking', [(), BEFORE_FUSED])
+def test_a_state_of_a_cpu_goes_on_on_a_gpu(gpu, name, new_rates, lacking):
+    opt = options()
+    momentum = {'momentum': 0.9} if name == 'SGD' else {}
+    opt['train']['optim_g'] = {'type': name, 'lr': 1e-3, **momentum}
+    opt['num_gpu'] = 0
+    before = build_model(copy.deepcopy(opt))
+    assert before.device.type == 'cpu'
+    for iteration in (1, 2):
+        before.steps.begin(iteration)
+        before.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 32, 32)})
+        before.optimize_parameters(iteration)
+    state = {
+        'iter': 2,
+        'optimizers': [before.optimizer_g.state_dict()],
+        'schedulers': [scheduler.state_dict() for scheduler in before.schedulers],
+    }
+    for key in lacking:  # as torch wrote them when BasicSR was new
+        state['optimizers'][0]['param_groups'][0].pop(key, None)
+    model = build_model({**copy.deepcopy(opt), 'num_gpu': 1})
+    rates = checkpoint._settings(model)
+    model.resume_training(state)
+    if new_rates:
+        checkpoint._replay(model, rates)
+    assert model.optimizer_g.param_groups[0].get('fused') == (True if name == 'Adam' else None)
+    for iteration in (3, 4):
+        gpu.found.clear()
+        model.steps.begin(iteration)
+        model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 32, 32)})
+        model.optimize_parameters(iteration)
+    assert not gpu.found
+    tensors = [value for state in model.optimizer_g.state.values() for value in state.values() if value is not None]
+    assert {value.device.type for value in tensors} == {'cuda'}

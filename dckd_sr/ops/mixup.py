@@ -59,5 +59,5 @@ def mixup(
     if use_identity and identity:
         return (lq, gt) if len(lq) == count else (lq[:count], gt[:count])
     places = {row: place for place, row in enumerate([*rows, *missing_partners(rows, total)])}
-    order = torch.tensor([places[partner(row, total)] for row in rows], device=lq.device)
+    order = torch.tensor([places[partner(row, total)] for row in rows]).to(lq.device, non_blocking=True)
     return torch.lerp(lq[order], lq[:count], weight), torch.lerp(gt[order], gt[:count], weight)

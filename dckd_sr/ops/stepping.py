@@ -3,12 +3,37 @@
 Every optimiser of every model passes through here, BasicSR's models included, so that their code stays as it is.
 """
 
+import contextlib
+import inspect
 import types
+import weakref
 from collections import namedtuple
 
 import torch
 
 Step = namedtuple('Step', 'iteration micro ok terms')
+
+
+TOLD = torch.optim.Adam, torch.optim.AdamW
+# Fused kernels that can be told on the device to leave a step out. That of SGD starts its momentum in a step that it
+# leaves out, from memory that nobody has written to, and that of Adagrad is for CPUs.
+
+
+def device_settings(cls: type[torch.optim.Optimizer], device: torch.device, given: dict) -> dict[str, bool]:
+    """What an optimiser is to be built with, so that no step waits for the device; empty on CPUs.
+
+    Args:
+        given: what the option file sets; it counts.
+    """
+    if device.type == 'cpu':
+        return {}
+    if issubclass(cls, TOLD) and not {'fused', 'foreach', 'capturable'} & set(given):
+        with contextlib.suppress(RuntimeError):  # no such kernel for this kind of device
+            cls([torch.zeros(1, device=device)], fused=True)
+            return {'fused': True}
+    counts = 'capturable' in inspect.signature(cls).parameters and device.type in ('cuda', 'xpu')
+    # Its counters are then on the device, too.
+    return {'capturable': True} if counts and not given.get('fused') and 'capturable' not in given else {}
 
 
 class Stepping:
@@ -30,6 +55,7 @@ class Stepping:
         self.accum_iter, self.grad_clip = accum_iter, grad_clip
         self.iteration, self.micro, self.ok, self.log = 0, accum_iter - 1, True, []
         self.scaler = self._sums = None
+        self._stepped = weakref.WeakKeyDictionary()  # optimiser -> ids of the parameters that it has stepped
 
     def begin(self, iteration, micro=0):
         """Announce a micro-batch; without it, every one is an iteration of its own."""
@@ -76,18 +102,31 @@ class Stepping:
         else:
             largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)]).max()
         finite = torch.isfinite(largest)
-        if finite.device.type == 'cpu' or not optimizer.defaults.get('fused'):
-            # Optimisers that cannot be told on the device to stand still wait for the answer.
-            finite = bool(finite)
-            if finite:
-                step()
-        else:
+        if not _at_hand(finite) and isinstance(optimizer, TOLD) and all(g.get('fused') for g in optimizer.param_groups):
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
             step()
             del optimizer.grad_scale, optimizer.found_inf
+        elif not _at_hand(finite) and self._can_undo(optimizer, parameters):
+            now = [*parameters, *(value for p in parameters for value in _tensors(optimizer.state[p]))]
+            before = [tensor.clone() for tensor in now]
+            step()
+            for tensor, kept in zip(now, before):
+                tensor.copy_(torch.where(finite, tensor, kept))
+        else:
+            finite = bool(finite)  # the only wait: what such a step leaves behind cannot be taken back
+            if finite:
+                step()
+        self._stepped.setdefault(optimizer, set()).update(map(id, parameters))
         self.ok = finite if self.ok is True else self.ok & finite
         if self.scaler is not None:
             self.scaler.update()  # lowers the scale after a gradient that was not finite
+
+    def _can_undo(self, optimizer, parameters):
+        """Whether all that a step changes is on the device, and there already."""
+        if not self._stepped.get(optimizer, set()).issuperset(map(id, parameters)):
+            return False
+        states = [(p, value) for p in parameters for value in optimizer.state[p].values()]
+        return all(value is None or isinstance(value, torch.Tensor) and value.device == p.device for p, value in states)
 
     def record(self, terms):
         """Note the losses of a micro-batch (0-d tensors, already averaged over processes).
@@ -118,3 +157,12 @@ class Stepping:
         # A gradient that overflows while the scaler finds its scale is no failure.
         lenient = self.scaler is not None and bool(plain) and self.scaler.get_scale() > 1
         return [step for step, good in zip(plain, finite) if not (good and (step.ok or lenient))], plain
+
+
+def _at_hand(tensor):
+    """Whether reading the tensor needs no waiting."""
+    return tensor.device.type == 'cpu'
+
+
+def _tensors(state):
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]

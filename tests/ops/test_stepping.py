@@ -1,13 +1,16 @@
 """The gate before the optimisers, against plain torch."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from torch import nn
 
+from dckd_sr.ops import stepping
 from dckd_sr.ops.history import average_
 from dckd_sr.ops.stepping import Stepping
+from dckd_sr.option_checks import optimizers
 
 
 def network():
@@ -106,3 +109,76 @@ def test_averages_by_a_flag_on_the_device(ok):
     for a, b in zip(plain.parameters(), gated.parameters()):
         assert torch.allclose(a, b, atol=1e-7)
     assert torch.equal(plain[0].weight, network()[0].weight) is not ok
+
+
+OPTIMIZERS = sorted(optimizers())
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('bad', [0, 1, 2])
+def test_a_step_that_is_left_out_on_the_device_never_was(name, bad, monkeypatch):
+    """The device decides, and nobody reads what: weights and averages are those of a run without that batch."""
+    monkeypatch.setattr(stepping, '_at_hand', lambda tensor: False)
+    cls, batches = optimizers()[name], torch.rand(4, 2, 1, 9, 9)
+    options = {'momentum': 0.9} if name in ('SGD', 'RMSprop') else {}
+    nets, states = [], []
+    for number in (0, 1):
+        net, steps = network(), Stepping()
+        optimizer = steps.attach(cls(net.parameters(), 0.01, **options))
+        mixed = [*batches[:bad], *([batches[0] * torch.nan] if number else []), *batches[bad:]]
+        train(net, steps, mixed, optimizer)
+        nets.append(net)
+        states.append([value for state in optimizer.state.values() for value in state.values()])
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(a, b)
+    for a, b in zip(*states):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert not torch.equal(next(nets[0].parameters()), next(network().parameters()))
+
+
+@pytest.mark.parametrize('at_hand', [True, False])
+def test_fused_sgd_survives_a_first_step_that_is_left_out(at_hand, monkeypatch):
+    """torch's kernel starts the momentum in that step, from memory that nobody has written to."""
+    monkeypatch.setattr(stepping, '_at_hand', lambda tensor: at_hand)
+    nets = []
+    for first in ([], [torch.full((2, 1, 9, 9), torch.nan)]):
+        net, steps = network(), Stepping()
+        optimizer = steps.attach(torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, fused=True))
+        train(net, steps, [*first, torch.ones(2, 1, 9, 9), torch.ones(2, 1, 9, 9)], optimizer)
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets)))
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('given', [{}, {'foreach': True}, {'fused': False}, {'capturable': True}, {'momentum': 0.9}])
+def test_no_optimiser_waits_for_the_device(gpu, name, given):
+    cls = optimizers()[name]
+    if set(given) - set(inspect.signature(cls).parameters):
+        pytest.skip(f'{name} has no {"".join(given)}')
+    net, steps = network().to('cuda'), Stepping(grad_clip=0.1)
+    settings = stepping.device_settings(cls, torch.device('cuda'), given)
+    optimizer = steps.attach(cls(net.parameters(), lr=0.01, **settings, **given))
+    for _ in range(2):
+        gpu.found.clear()
+        train(net, steps, [torch.rand(2, 1, 9, 9, device='cuda')], optimizer)
+    waits = {what for what, _ in gpu.found}
+    assert waits == ({'item'} if name in ('Adafactor', 'Adagrad') else set())  # these count their steps on the host
+
+
+def test_fused_where_the_kernels_are(gpu):
+    cuda, adam = torch.device('cuda'), torch.optim.Adam
+    assert stepping.device_settings(adam, cuda, {}) == {'fused': True}
+    assert stepping.device_settings(adam, cuda, {'foreach': True}) == {'capturable': True}
+    assert stepping.device_settings(adam, cuda, {'fused': True}) == {}
+    assert stepping.device_settings(torch.optim.SGD, cuda, {}) == {}
+    assert stepping.device_settings(torch.optim.NAdam, cuda, {}) == {'capturable': True}
+    assert stepping.device_settings(torch.optim.NAdam, torch.device('mps'), {}) == {}
+    assert stepping.device_settings(adam, torch.device('cpu'), {}) == {}
+
+
+def test_a_kind_of_device_without_fused_kernels():
+    class Adam(torch.optim.Adam):
+        def __init__(self, params, fused=False):
+            raise RuntimeError('`fused=True` requires all the params to be floating point Tensors of supported devices')
+
+    assert stepping.device_settings(Adam, torch.device('meta'), {}) == {}
