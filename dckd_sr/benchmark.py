@@ -141,6 +141,7 @@ def load(path, overrides=(), device=None, keep_data=False, networks_only=False):
         raise UserError('--device cuda: there is no GPU here')
     file, report = option_files.read(path), option_checks.Report()
     raw = file.options
+    raw.pop('device', None)  # --device says it
     option_files.apply_overrides(raw, overrides)
     option_checks.resolve_zoo(report, raw)
     _without_files(raw, keep_data)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from dckd_sr import restricted_pickle
+from dckd_sr import devices, restricted_pickle
 from dckd_sr.errors import UserError, looked_in, reason
 
 # What is in a training state, and in its 'dckd_sr' what may be.
@@ -407,7 +407,8 @@ def _generators(device):
     kind, keys, *rest = np.random.get_state()
     return {
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
+        'cuda': None,  # its entry has always been there
+        **({} if device.type == 'cpu' else {device.type: devices.generator_state(device)}),
         'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         'python': list(random.getstate()),
     }
@@ -415,8 +416,8 @@ def _generators(device):
 
 def _restore_generators(state, device):
     torch.set_rng_state(state['torch'])
-    if state['cuda'] is not None and device.type == 'cuda':
-        torch.cuda.set_rng_state(state['cuda'], device)
+    if state.get(device.type) is not None:
+        devices.set_generator_state(state[device.type], device)
     kind, keys, *rest = state['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, numbers, following = state['python']

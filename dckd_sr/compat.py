@@ -184,16 +184,15 @@ def name_registry_entries():
 
 def repair_devices():
     """base_model.py:18 and :97 assume CUDA: without it `num_gpu: 1` crashes, and so does DistributedDataParallel."""
-    import torch
     from basicsr.models.base_model import BaseModel
     from torch.nn.parallel import DistributedDataParallel
 
+    from dckd_sr import devices
     from dckd_sr.ops.stepping import Stepping
 
     def __init__(self, opt):
         self.opt = opt
-        use_cuda = opt.get('num_gpu', 0) != 0 and torch.cuda.is_available()
-        self.device = torch.device('cuda', torch.cuda.current_device()) if use_cuda else torch.device('cpu')
+        self.device = devices.of({'num_gpu': 0, **opt})
         self.is_train = opt['is_train']
         self.schedulers = []
         self.optimizers = []

@@ -25,6 +25,7 @@ from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from tqdm import tqdm
 
+from dckd_sr import devices
 from dckd_sr.errors import UserError, out_of_memory, reason
 from dckd_sr.inference import infer
 from dckd_sr.ops.resize import imresize
@@ -191,10 +192,10 @@ def evaluate(
 
     def restore(batch):
         lq = batch['lq'].to(device)
-        _wait(device)
+        devices.wait(device)
         start = time.perf_counter()
         output = infer(net, lq, scale, **options)
-        _wait(device)
+        devices.wait(device)
         return output, time.perf_counter() - start
 
     def path_of(image):
@@ -216,10 +217,10 @@ def validate(model, loader, current_iter, tb_logger, save_img: bool) -> Result:
 
     def restore(batch):
         model.feed_data(batch)
-        _wait(model.device)
+        devices.wait(model.device)
         start = time.perf_counter()
         model.test()
-        _wait(model.device)
+        devices.wait(model.device)
         return model.output, time.perf_counter() - start
 
     def path_of(image):
@@ -420,11 +421,6 @@ def _unique(name, used):
         unique = f'{name}_{count}'
     used.add(unique)
     return unique
-
-
-def _wait(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

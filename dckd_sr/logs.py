@@ -7,13 +7,14 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import re
 
 from basicsr.utils import logger as basicsr_logger
 from basicsr.utils.dist_util import get_dist_info
 from tqdm import tqdm
 
 from dckd_sr import checkpoint
-from dckd_sr.errors import UserError, reason
+from dckd_sr.errors import UserError, out_of_memory, reason
 
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s: %(message)s')
 
@@ -108,11 +109,12 @@ def read_metrics(path):
 
 
 @contextlib.contextmanager
-def explained(what):
+def explained(what, opt=None):
     """Around calls that networks, losses and metrics may refuse for reasons that no check of options sees.
 
     Args:
         what: what is being done, for the message.
+        opt: the options of a training, which may say what would need less memory.
 
     Raises:
         UserError: whatever else was raised inside, in one line; the log file gets the traceback.
@@ -123,4 +125,27 @@ def explained(what):
         raise
     except Exception as error:
         logging.getLogger('basicsr').error(f'{what} failed.', exc_info=True, extra=FILE_ONLY)
-        raise UserError(f'{what}: {reason(error)}') from error
+        text = reason(error)
+        if opt is not None and out_of_memory(error):
+            # torch goes on with what every process and its own caches hold.
+            text = re.split(r'\.? (?=Process \d|Including non-|Of the allocated)', text)[0].rstrip('.')
+            text += f'; less is needed with {" or ".join(less_memory(opt))}'
+        raise UserError(f'{what}: {text}') from error
+
+
+def less_memory(opt):
+    """Keys that would make a training step smaller, as far as the options do not set them; first what costs least."""
+    train, data = opt['train'], opt['datasets']['train']
+    if train.get('cl_opt') and train.get('negatives_micro_batch') != 1:
+        yield 'train.negatives_micro_batch: 1'
+    if not opt.get('use_checkpoint'):
+        yield 'use_checkpoint: true'
+    if not opt.get('use_amp'):
+        yield 'use_amp: true and amp_bf16: true'
+    if data.get('mini_batch_sizes') or data.get('gt_sizes'):
+        yield 'smaller datasets.train.mini_batch_sizes and gt_sizes'
+        return
+    size, count = data.get('batch_size_per_gpu') or 1, train.get('accum_iter') or 1
+    if size > 1:
+        yield f'datasets.train.batch_size_per_gpu: {-(-size // 2)} with train.accum_iter: {2 * count}'
+    yield f'a datasets.train.gt_size below {data["gt_size"]}' if data.get('gt_size') else 'a datasets.train.gt_size'

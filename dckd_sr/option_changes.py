@@ -7,7 +7,7 @@ from dckd_sr.errors import UserError
 _FIXED = ('model_type', 'scale', 'network_g', 'network_d', 'train.optim_g.type', 'train.optim_d.type')
 _RATES = ('train.optim_g', 'train.optim_d', 'train.scheduler')
 # Nothing that is trained depends on these.
-_NOT_COMPARED = ('num_gpu', 'datasets.train.num_worker_per_gpu', 'name')
+_NOT_COMPARED = ('num_gpu', 'device', 'datasets.train.num_worker_per_gpu', 'name')
 
 
 def compare(state, text):

@@ -794,10 +794,10 @@ def assume_share(report, train):
     beside = any(train.get(key) for key in ('pixel_opt', 'perceptual_opt'))
     if 'gradient_shares' in train or not beside or bare(train['cl_opt'].get('type')) == 'ContrasLoss':
         return
-    train['gradient_shares'] = {'cl_opt': 0.3}
+    train['gradient_shares'] = {'cl_opt': 0.1}
     report.warn(
         'train.gradient_shares',
-        '{cl_opt: 0.3} is assumed in place of cl_opt.loss_weight, because without network_t the gradient of cl_opt '
+        '{cl_opt: 0.1} is assumed in place of cl_opt.loss_weight, because without network_t the gradient of cl_opt '
         'outgrows that of the pixel loss; null keeps the weight',
     )
 

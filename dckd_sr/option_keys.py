@@ -289,6 +289,9 @@ class Top(Section):
     )
     scale: Positive = Field(1, description='output size over input size')
     num_gpu: Gpus = Field('auto', description='upper bound of the GPUs used; 0 for the CPU')
+    device: Optional[Literal['cpu', 'cuda', 'mps', 'xpu']] = Field(
+        None, description='where networks are; if empty, on GPUs that CUDA (or ROCm) sees, else on the CPU'
+    )
     manual_seed: Optional[Seed] = Field(None, description='seed; drawn if empty')
     find_unused_parameters: bool = Field(False, description="DistributedDataParallel's argument")
     use_amp: bool = Field(False, description='mixed precision: float16, or bfloat16 with amp_bf16')

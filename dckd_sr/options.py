@@ -18,7 +18,7 @@ import sys
 import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from dckd_sr import imports, safe_yaml
+from dckd_sr import devices, imports, safe_yaml
 from dckd_sr import option_checks as checks
 from dckd_sr import option_files as files
 from dckd_sr import option_keys as keys
@@ -257,13 +257,24 @@ def finish(opt, is_train, report, debug, launcher, auto_resume, root_path):
 
 def resolve_gpus(opt, report, launcher):
     """num_gpu is an upper bound: what is there is used, and one warning states the effective batch."""
+    kind = opt.get('device')
+    if kind not in (None, *devices.available()):
+        report.error('device', f'not usable here; expected one of {", ".join(devices.available())}', kind)
+    if kind in ('mps', 'xpu') and opt['dist']:
+        report.error('device', f'trains in one process here, without --launcher {launcher}', kind)
+    if kind in ('cpu', 'mps', 'xpu'):
+        opt['num_gpu'] = int(kind != 'cpu')
+        return
+    if kind == 'cuda' and opt['num_gpu'] == 0:
+        report.error('device', 'num_gpu is 0, which asks for the CPU; expected another num_gpu, or no device', kind)
     wanted, there = opt['num_gpu'], torch.cuda.device_count()
     wanted = there if wanted == 'auto' else wanted
     opt['num_gpu'] = min(wanted, there) if opt['dist'] else min(wanted, there, 1)
     if wanted <= opt['num_gpu']:
         return
     if there == 0:
-        text = 'no GPU here, the CPU is used'
+        others = [kind for kind in devices.available() if kind not in ('cpu', 'cuda')]
+        text = f'no GPU here, the CPU is used{"".join(f" (device: {kind} asks for what is here)" for kind in others)}'
     elif there < wanted:
         text = f'{there} here'
     else:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ def start(opt, launcher):
     try:
         torch.distributed.init_process_group('nccl' if use_cuda else 'gloo', timeout=timedelta(minutes=10))
         _host_group = torch.distributed.new_group(backend='gloo') if use_cuda else None
+        places = _gpus() if use_cuda else []
         _alarm = _Alarm()
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [''])[0]
@@ -57,6 +59,26 @@ def start(opt, launcher):
             'torchrun --master_port and dist_params.port set another'
         ) from error
     opt['rank'], opt['world_size'] = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _refuse_shared_gpus(places, launcher)
+
+
+def _gpus():
+    """(host, GPU) of every rank, whatever number the GPU has for its process."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    place = socket.gethostname(), str(getattr(properties, 'uuid', os.getpid()))
+    places = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(places, place, group=_host_group)
+    return places
+
+
+def _refuse_shared_gpus(places, launcher):
+    host, gpu = next((place for place in places if places.count(place) > 1), (None, None))
+    if host is not None:
+        raise UserError(
+            f'--launcher {launcher}: {places.count((host, gpu))} processes on {host} have the same GPU, which nccl '
+            f'refuses; start {len({place for place in places if place[0] == host})} there (torchrun --nproc_per_node), '
+            'or show each process one of its own by CUDA_VISIBLE_DEVICES'
+        )
 
 
 def keep_freed_memory():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dckd_sr import compare, complexity, evaluation, logs, options, test
+from dckd_sr import compare, complexity, devices, evaluation, logs, options, test
 from dckd_sr.data import build_val_loader
 from dckd_sr.encoder import build_encoder
 from dckd_sr.errors import UserError
@@ -55,7 +55,7 @@ class Scene:
     """
 
     def __init__(self, opt, batches, encoder, teacher):
-        self.scale, self.device = opt.get('scale', 1), torch.device('cuda' if opt['num_gpu'] else 'cpu')
+        self.scale, self.device = opt.get('scale', 1), devices.of(opt)
         val = opt.get('val') or {}
         self.sizes = {key: val.get(key) for key in VAL_KEYS}
         metrics = (metric for metric in (val.get('metrics') or {}).values() if metric['type'] == 'calculate_psnr')

@@ -22,8 +22,9 @@ from dckd_sr.download import sha256_of
 RECORD = 'made_from.json'
 WHOLE = 2**30  # bytes of a folder that are read; of larger ones, the times of the files stand for their content
 # What the weights do not depend on, and what scores do not.
-_NOT_OF_TRAINING = ('name', 'num_gpu', 'val', 'logger', 'compare', 'dist_params', 'datasets.train.num_worker_per_gpu')
-_NOT_OF_TEST = ('name', 'num_gpu', 'train', 'logger', 'compare', 'dist_params', 'manual_seed', 'datasets.train')
+_NEVER = ('name', 'num_gpu', 'device', 'logger', 'compare', 'dist_params')
+_NOT_OF_TRAINING = (*_NEVER, 'val', 'datasets.train.num_worker_per_gpu')
+_NOT_OF_TEST = (*_NEVER, 'train', 'manual_seed', 'datasets.train')
 _NAMES = ('name', 'type', 'model_type')  # of these keys no value is a path
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dckd_sr import precision
-from dckd_sr.errors import reason
+from dckd_sr.errors import UserError, reason
 from dckd_sr.ops import winograd
 
 ROLES = ('student', 'teacher', 'history', 'encoder')
@@ -42,6 +42,10 @@ class Speed:
         self.channels_last = ROLES if opt.get('use_channels_last') else ()
         if self.device.type == 'cpu':
             self.channels_last = {*self.channels_last, 'encoder'}  # the same numbers up to rounding, sooner
+        if self.amp and not torch.amp.is_autocast_available(self.device.type):
+            raise UserError(
+                f'use_amp: torch has no mixed precision for the device {self.device.type}; set use_amp: false'
+            )
         if self.amp and self.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
             get_root_logger().warning('use_amp: this processor has no instructions for 16 bits; it will be much slower')
         self.checkpointing = bool(opt.get('use_checkpoint'))

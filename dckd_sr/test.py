@@ -21,7 +21,7 @@ from basicsr.archs import build_network
 from basicsr.utils import get_env_info, get_time_str
 from basicsr.utils.options import dict2str
 
-from dckd_sr import checkpoint, logs, option_keys, options, precision, processes, sources
+from dckd_sr import checkpoint, devices, logs, option_keys, options, precision, processes, sources
 from dckd_sr.commands import test_parser as parser
 from dckd_sr.data import build_val_loader
 from dckd_sr.errors import SeveralErrors, UserError, entry_point, reason
@@ -140,9 +140,9 @@ def made_from(opt, args):
 
 
 def _device(name, opt):
-    """The device asked for, else a GPU if there is one and num_gpu is not 0."""
+    """The device of the command line, else that of the options."""
     if name is None:
-        return torch.device('cuda' if opt.get('num_gpu', 1) != 0 and torch.cuda.is_available() else 'cpu')
+        return devices.of(opt)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -198,7 +198,7 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
         for micro in range(accum_iter):
             batch = next(batches)
             data_timer.record()
-            with logs.explained(f'iteration {current_iter}'):
+            with logs.explained(f'iteration {current_iter}', opt):
                 model.steps.begin(current_iter, micro)
                 model.feed_data(batch)
                 model.optimize_parameters(current_iter)

@@ -70,7 +70,7 @@ def plain(student, scale, seed):
                 'dataroot_gt': 'datasets/BSDS400',
                 'io_backend': {'type': 'disk'},
                 'cache': 'ram',
-                'gt_size': 48,
+                'gt_size': 64 if student == 'SwinIR' and scale == 4 else 48,  # whole windows
                 'use_hflip': True,
                 'use_rot': True,
                 'num_worker_per_gpu': 0,

@@ -1,5 +1,6 @@
 """Two gloo processes on one machine against one process: the same numbers, and nobody waits for ever."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import cv2
@@ -16,7 +18,8 @@ import pytest
 import torch
 from small_run import dckd_run, write
 
-from dckd_sr import locks, train
+from dckd_sr import locks, processes, train
+from dckd_sr.errors import UserError
 
 CRASH = """
 import os
@@ -186,14 +189,14 @@ def mixed(opt):
 @pytest.mark.parametrize('recipe, batch', [(codebook, 2), (mixed, 1)])
 def test_processes_and_micro_batches_are_one_batch(opt, recipe, batch):
     opt = recipe(opt)
-    for name, size, accum_iter, processes in (
+    for name, size, accum_iter, count in (
         ('run', batch, 1, 2),
         ('micro', batch, 2, 1),
         ('single', 2 * batch, 1, 1),
     ):
         opt['name'], opt['datasets']['train']['batch_size_per_gpu'] = name, size
         opt['train']['accum_iter'] = accum_iter
-        code = start(opt).wait(timeout=120) if processes == 2 else train.main(['-opt', write(opt)])
+        code = start(opt).wait(timeout=120) if count == 2 else train.main(['-opt', write(opt)])
         assert code == 0, output()
     single, (expected, _) = content('single'), losses('single')
     for name in ('run', 'micro'):
@@ -291,6 +294,34 @@ def test_rank_0_alone_is_refused_the_folder_and_the_others_hear_why(opt):
     with locks.sole_writer(Path('experiments/run')):
         codes, printed = without_a_launcher(opt)
     assert codes == [2, 2] and 'error: rank 0: another training is writing to' in printed[1]
+
+
+@pytest.mark.parametrize(
+    ('places', 'said'),
+    [
+        ([], None),
+        ([('a', '1'), ('a', '2'), ('b', '1')], None),
+        ([('a', '1'), ('a', '2'), ('a', '1'), ('a', '2')], '2 processes on a have the same GPU, .* start 2 there'),
+        ([('a', '1'), ('b', '1'), ('b', '1'), ('b', '1')], '3 processes on b have the same GPU, .* start 1 there'),
+    ],
+)
+def test_processes_that_share_a_gpu_are_refused(places, said):
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        processes._refuse_shared_gpus(places, 'pytorch')
+
+
+def test_a_gpu_is_known_whatever_its_number(monkeypatch):
+    """SLURM shows each process one, which is number 0 for all of them."""
+
+    def gather(places, place, group):
+        places[:] = [('a', 'GPU-1'), place]
+
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda which: types.SimpleNamespace(uuid='GPU-2'))
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', gather)
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'a')
+    assert processes._gpus() == [('a', 'GPU-1'), ('a', 'GPU-2')]
 
 
 def free_port():

@@ -63,7 +63,10 @@ ELSEWHERE = (
     'the package `basicsr` found at ',
     'iteration 1: CUDA out of memory',
 )
-ELSEWHERE += ('... not enough GPU memory; set val.tile_size, ',)
+ELSEWHERE += (
+    '... not enough GPU memory; set val.tile_size, ',
+    '--launcher pytorch: 4 processes on ... have the same GPU',
+)
 
 
 def test_the_ten_commonest_are_ten_and_say_what_is_said():

@@ -257,8 +257,8 @@ def test_without_a_teacher_the_contrastive_loss_gets_a_share():
         'train:cl_opt:type=DynamicContrastiveLoss',
     )
     opt, warnings = load(dckd(), *alone)
-    assert opt['train']['gradient_shares'] == {'cl_opt': 0.3}
-    assert any(line.startswith('train.gradient_shares: {cl_opt: 0.3} is assumed') for line in warnings)
+    assert opt['train']['gradient_shares'] == {'cl_opt': 0.1}
+    assert any(line.startswith('train.gradient_shares: {cl_opt: 0.1} is assumed') for line in warnings)
     for more in (alone[3:], (*alone, 'train:gradient_shares=null'), (*alone[:3], 'train:cl_opt:type=ContrasLoss')):
         assert not load(dckd(), *more)[0]['train'].get('gradient_shares'), more
     opt = load(dckd(), *alone, 'train:gradient_shares={ce_opt: 0.1}')[0]

@@ -9,7 +9,8 @@ import torch
 from basicsr.utils.options import parse_options
 from option_files import EDSR, L1, PAIRED, dckd, esrgan, load, make_files
 
-from dckd_sr import options, safe_yaml
+from dckd_sr import devices, options, safe_yaml
+from dckd_sr.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +332,44 @@ class TestGPUs:
         assert opt['num_gpu'] == used and opt['dist'] == (launcher != 'none')
         assert len(warnings) == bool(warning) and all(line.startswith(warning) for line in warnings)
         assert opt['datasets']['train']['batch_size_per_gpu'] == 16
+
+    @pytest.mark.parametrize(
+        ('overrides', 'here', 'used'),
+        [
+            (['device=cpu'], ['cpu', 'cuda'], 0),
+            (['device=mps'], ['cpu', 'mps'], 1),
+            (['device=xpu', 'num_gpu=0'], ['cpu', 'xpu'], 1),
+            (['device=cuda', 'num_gpu=1'], ['cpu', 'cuda'], 1),
+        ],
+    )
+    def test_device(self, overrides, here, used, monkeypatch):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: int('cuda' in here))
+        monkeypatch.setattr(devices, 'available', lambda: here)
+        opt, warnings = load(dckd(), *overrides)
+        assert opt['num_gpu'] == used and not warnings
+
+    @pytest.mark.parametrize(
+        ('overrides', 'launcher', 'said'),
+        [
+            (['device=mps'], 'none', 'device = mps: not usable here; expected one of cpu'),
+            (['device=cuda'], 'none', 'device = cuda: not usable here; expected one of cpu'),
+            (['device=gpu'], 'none', "device = gpu: expected 'cpu', 'cuda', 'mps' or 'xpu'"),
+            (['device=cuda', 'num_gpu=0'], 'none', 'device = cuda: num_gpu is 0, which asks for the CPU'),
+            (['device=xpu'], 'pytorch', 'device = xpu: trains in one process here, without --launcher pytorch'),
+        ],
+    )
+    def test_devices_that_cannot_be(self, overrides, launcher, said, monkeypatch):
+        if launcher != 'none' or 'num_gpu=0' in overrides:
+            monkeypatch.setattr(devices, 'available', lambda: list(devices.KINDS))
+        with pytest.raises(UserError) as error:
+            load(dckd(), *overrides, launcher=launcher)
+        assert said in str(error.value)
+
+    def test_another_device_that_is_here_is_named(self, monkeypatch):
+        monkeypatch.setattr(devices, 'available', lambda: ['cpu', 'mps'])
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+        _, warnings = load(dckd(), 'num_gpu=1')
+        assert '(device: mps asks for what is here)' in warnings[0]
 
 
 class TestDropIn:

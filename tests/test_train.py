@@ -15,6 +15,7 @@ from small_run import dckd_run, write
 
 from dckd_sr import locks, logs, train
 from dckd_sr.errors import UserError
+from dckd_sr.models.dckd_model import DCKDModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -260,3 +261,35 @@ def test_both_ways_to_start_it(command, tmp_path):
     )
     assert result.returncode == 2 and result.stderr.startswith('error: ') and 'none.yml' in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+OUT = (
+    'CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.79 GiB of which 10.19 MiB is '
+    'free. Process 81 has 7.70 GiB memory in use. Of the allocated memory 7.31 GiB is allocated by PyTorch'
+)
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'advice'),
+    [
+        (
+            [],
+            'train.negatives_micro_batch: 1 or use_checkpoint: true or use_amp: true and amp_bf16: true or '
+            'datasets.train.batch_size_per_gpu: 1 with train.accum_iter: 2 or a datasets.train.gt_size below 32',
+        ),
+        (
+            ['train:cl_opt=null', 'use_checkpoint=true', 'datasets:train:batch_size_per_gpu=1'],
+            'use_amp: true and amp_bf16: true or a datasets.train.gt_size below 32',
+        ),
+    ],
+)
+@pytest.mark.parametrize('where', ['GPU', 'CPU'])
+def test_a_step_without_the_memory_names_what_needs_less(where, overrides, advice, opt, monkeypatch, capsys):
+    def full(self, iteration):
+        raise torch.OutOfMemoryError(OUT) if where == 'GPU' else RuntimeError("can't allocate memory: 8 bytes")
+
+    monkeypatch.setattr(DCKDModel, 'optimize_parameters', full)
+    assert train.main(['-opt', write(opt), *(['--force_yml', *overrides] if overrides else [])]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    what = OUT.partition('. Process')[0] if where == 'GPU' else 'not enough memory for 8 bytes'
+    assert said == f'error: iteration 1: {what}; less is needed with {advice}'

@@ -24,7 +24,7 @@ from basicsr.data import build_dataset
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dckd_sr import checkpoint, locks, precision
+from dckd_sr import checkpoint, devices, locks, precision
 from dckd_sr.data import lmdb_maker, pair_sizes
 from dckd_sr.data.files import read_bytes, view_lmdb
 from dckd_sr.data.preparing import Result, refuse_inside
@@ -210,7 +210,7 @@ def make(args):
 def _runner(opt, self_ensemble):
     """(3, h, w) -> (3, h * scale, w * scale), float32 on the CPU, by the teacher, with the tiles of ``val``."""
     precision.set_tf32(False)  # what is kept is made once, and rounded once
-    device = torch.device('cuda' if opt['num_gpu'] != 0 and torch.cuda.is_available() else 'cpu')
+    device = devices.of(opt)
     try:
         net = build_network({key: value for key, value in opt['network_t'].items() if key != 'allow_random'})
     except UserError:

@@ -197,4 +197,5 @@ def add_noise(x: torch.Tensor, noise: Sequence[SampleNoise]) -> torch.Tensor:
 
 
 def _without_autocast(device):
-    return torch.autocast(device.type, enabled=False) if device.type in ('cpu', 'cuda') else contextlib.nullcontext()
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

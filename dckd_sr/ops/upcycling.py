@@ -39,7 +39,9 @@ def shrink(images: torch.Tensor, scale: int) -> torch.Tensor:
     The weights are those of `ops.resize.imresize`, with its mirrored borders, which torch's own antialiased bicubic
     does not have; the sums are in the images' precision.
     """
-    down, across = (_matrix(length, 1 / scale).to(images, non_blocking=True) for length in images.shape[2:])
+    down, across = (
+        _matrix(length, 1 / scale).to(images.dtype).to(images.device, non_blocking=True) for length in images.shape[2:]
+    )
     return down @ images @ across.T
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.models import build_model
-from small_run import VQGAN, dckd_run, edsr, write
+from small_run import SWINIR, VQGAN, dckd_run, edsr, write
 from test_distributed import content, losses, start
 
 from dckd_sr import options, train
@@ -128,6 +128,55 @@ def test_a_measurement_that_nobody_asked_for_ends_no_training(monkeypatch):
     model.watch, model.opt['dist'] = gradients.Watch(10), True
     with pytest.raises(torch.OutOfMemoryError):
         step(model)
+
+
+SHAKEN = {'gaussian_blur_prob': 1, 'resize_prob': 1, 'gray_noise_prob': 0.5, 'noisy': {'prob': 0.5}}
+NAFNET = {'type': 'NAFNet', 'width': 8, 'middle_blk_num': 1, 'enc_blk_nums': [1], 'dec_blk_nums': [1]}
+RESTORMER = {'type': 'Restormer', 'dim': 8, 'num_blocks': [1] * 4, 'num_refinement_blocks': 1, 'heads': [1] * 4}
+RCAN = {**edsr(), 'type': 'RCAN', 'num_group': 1, 'num_block': 1, 'squeeze_factor': 4}
+STEPS = {
+    'all methods': (tuple(METHODS), {}, {'lcr_opt': {'type': 'L1Loss'}, **SHAKEN}),
+    'by the encoder': ((), {}, {'mclir_opt': LEVELS}),
+    'float16': (tuple(METHODS), {'use_amp': True}, {'lcr_opt': {'type': 'L1Loss'}, **SHAKEN}),
+    'bfloat16, less memory': (
+        (),
+        {'use_amp': True, 'amp_bf16': True, 'use_channels_last': True, 'use_checkpoint': True},
+        {'negatives_micro_batch': 1},
+    ),
+    'shares, clipped': (
+        (),
+        {'logger': {'gradients': True, 'print_freq': 1}},
+        {'gradient_shares': {'cl_opt': 0.1, 'ce_opt': 0.1}, 'grad_clip': 0.1},
+    ),
+    'SGD': ((), {}, {'optim_g': {'type': 'SGD', 'lr': 1e-3, 'momentum': 0.9}}),
+    'SwinIR': ((), {'network_g': SWINIR, 'network_t': SWINIR}, SHAKEN),
+    'RCAN': ((), {'network_g': RCAN, 'network_t': RCAN}, {}),
+    'NAFNet': ((), {'network_g': NAFNET, 'network_t': NAFNET, 'scale': 1}, {}),
+    'Restormer, mixup': (
+        (),
+        {'network_g': RESTORMER, 'network_t': RESTORMER, 'scale': 1},
+        {'mixing_augs': {'mixup': True}, 'accum_iter': 2},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_no_step_waits_for_the_gpu(gpu, name):
+    """The third one: the first ones put networks and optimisers there."""
+    methods, top, train_opt = STEPS[name]
+    model = model_of(*methods, beside=tuple(DCKD), top={'num_gpu': 1, **copy.deepcopy(top)}, **train_opt)
+    scale = model.opt['scale']
+    for iteration in (1, 2, 3):
+        gpu.found.clear()
+        for micro in range(train_opt.get('accum_iter', 1)):
+            model.steps.begin(iteration, micro)
+            model.feed_data({'lq': torch.rand(2, 3, 16, 16), 'gt': torch.rand(2, 3, 16 * scale, 16 * scale)})
+            model.optimize_parameters(iteration)
+    assert not gpu.found
+    assert {value.device.type for value in model.log_dict.values()} == {'cuda'}
+    gpu.found.clear()
+    model.get_current_log()
+    assert gpu.found  # here it does
 
 
 @pytest.mark.parametrize('method', METHODS)
