@@ -673,27 +673,6 @@ def _replay(model, settings):
                 scheduler.step()
 
 
-def _for_device(saved, optimizer):
-    """An optimiser's state with its groups' kernels as this device has them; ``load_state_dict`` would take the others.
-
-    It also decides by them where counters are kept.
-    """
-    groups = [
-        {**theirs, **{key: ours[key] for key in ('fused', 'foreach', 'capturable') if key in ours}}
-        for theirs, ours in zip(saved['param_groups'], optimizer.param_groups)
-    ]
-    return {**saved, 'param_groups': groups + saved['param_groups'][len(groups) :]}
-
-
-def _align(optimizer):
-    """Averages in the memory format of their weights, in which fused kernels read both."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            if alike and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def restore_state(model, state):
     """Optimisers, schedulers, generators, best metrics and the model's own extra state."""
     for kind, owned in (('optimizers', model.optimizers), ('schedulers', model.schedulers)):
@@ -703,9 +682,7 @@ def restore_state(model, state):
             )
         for target, saved in zip(owned, state[kind]):
             try:
-                target.load_state_dict(_for_device(saved, target) if kind == 'optimizers' else saved)
-                if kind == 'optimizers':
-                    _align(target)
+                target.load_state_dict(saved)
             except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(
                     f'the {kind} of the training state do not fit this run: {_first_line(error)}'

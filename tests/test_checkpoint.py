@@ -19,6 +19,7 @@ from torch import nn
 import dckd_sr  # noqa: F401
 from dckd_sr import checkpoint
 from dckd_sr.errors import UserError
+from dckd_sr.ops.stepping import Stepping
 
 WEIGHTS = {'weight': torch.arange(6.0).reshape(2, 3), 'bias': torch.zeros(2)}
 EMA = {'weight': torch.ones(2, 3), 'bias': torch.ones(2)}
@@ -391,7 +392,7 @@ def test_weights_of_another_scale(kind, options, said, tmp_path):
 
 def stepped(net, cls, batches, state=None, **options):
     """A network after steps of an optimiser that goes on from a state, as the models build and restore it."""
-    optimizer = cls(net.parameters(), 0.01, **options)
+    optimizer = Stepping().attach(cls(net.parameters(), 0.01, **options))
     model = types.SimpleNamespace(optimizers=[optimizer], schedulers=[], opt={}, device=torch.device('cpu'))
     if state is not None:
         checkpoint.restore_state(
@@ -425,6 +426,9 @@ def test_states_go_on_with_other_kernels_and_memory_formats(name, options, saved
         for group in state['param_groups']:
             for key in BEFORE_FUSED:
                 group.pop(key, None)
+        for values in state['state'].values():
+            if 'step' in values:
+                values['step'] = int(values['step'])
     second = copy.deepcopy(net).to(memory_format=layouts[1])
     second.load_state_dict(first.state_dict())
     optimizer = stepped(second, cls, batches[2:], copy.deepcopy(state), **options, **now)

@@ -71,7 +71,9 @@ class Stepping:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def attach(self, optimizer):
-        """Put the gate before an optimiser's step."""
+        """Put the gate before an optimiser's step; states that it loads become those of its device."""
+        optimizer.register_load_state_dict_pre_hook(_with_own_kernels)
+        optimizer.register_load_state_dict_post_hook(_align)
         step, zero_grad = optimizer.step, optimizer.zero_grad
 
         def gated_step(optimizer, closure=None):
@@ -166,3 +168,24 @@ def _at_hand(tensor):
 
 def _tensors(state):
     return [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _with_own_kernels(optimizer, saved):
+    """A state dict with the kernels that this optimiser's groups have; torch would take those of the saved groups.
+
+    It also decides by them where counters are kept.
+    """
+    groups = [
+        {**theirs, **{key: ours[key] for key in ('fused', 'foreach', 'capturable') if key in ours}}
+        for theirs, ours in zip(saved['param_groups'], optimizer.param_groups)
+    ]
+    return {**saved, 'param_groups': groups + saved['param_groups'][len(groups) :]}
+
+
+def _align(optimizer):
+    """Averages in the memory format of their weights, in which fused kernels read both."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if alike and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
