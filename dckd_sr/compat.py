@@ -42,6 +42,7 @@ def apply():
         warnings.simplefilter('ignore')
         importlib.import_module('basicsr')
     name_registry_entries()
+    repair_networks()
     repair_devices()
     repair_optimizers()
     repair_schedulers()
@@ -180,6 +181,54 @@ def name_registry_entries():
         )
 
     Registry.get = get
+
+
+def repair_networks():
+    """edsr_arch.py:42, rcan_arch.py:110, swinir_arch.py:752 and four others keep constants where ``Module.to`` does not
+    find them; swinir_arch.py:306 makes a mask on the CPU in every layer of every forward.
+    """
+    from basicsr import archs
+    from basicsr.archs.swinir_arch import SwinTransformerBlock
+
+    from dckd_sr.ops import swin
+
+    build = archs.build_network
+
+    @functools.wraps(build)
+    def build_network(opt):
+        return hold_constants(build(opt))
+
+    for name, module in list(sys.modules.items()):  # the models have imported it
+        if name.startswith('basicsr.') and getattr(module, 'build_network', None) is build:
+            module.build_network = build_network
+    swin.share_masks(SwinTransformerBlock)
+
+
+def hold_constants(net):
+    """Make buffers, which states do not have, of the tensors that a network's modules keep as plain attributes.
+
+    ``Module.to`` leaves such tensors on the CPU, where the first forward finds them: it waits for the copy, and a
+    compiled network is compiled again for the second one. The attention masks of a copy of SwinIR are shared, too.
+
+    Returns:
+        the network, which is changed in place.
+    """
+    import torch
+
+    from dckd_sr.ops import swin
+
+    names = []
+    for prefix, module in net.named_modules():
+        if swin.is_block(module):
+            swin.share_masks(type(module))
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and not value.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
+                names.append(f'{prefix}.{name}' if prefix else name)
+    if names:  # constants are equal in all processes: DistributedDataParallel need not send them
+        net._ddp_params_and_buffers_to_ignore = [*getattr(net, '_ddp_params_and_buffers_to_ignore', ()), *names]
+    return net
 
 
 def repair_devices():

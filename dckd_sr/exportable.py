@@ -17,7 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dckd_sr.archs.nafnet_arch import LocalMean
+from dckd_sr.compat import hold_constants
 from dckd_sr.inference import padding_of
+from dckd_sr.ops import swin
 
 
 class Exportable(nn.Module):
@@ -31,18 +33,12 @@ class Exportable(nn.Module):
 
     def __init__(self, net: nn.Module, scale: int, half: bool = False):
         super().__init__()
-        net = copy.deepcopy(net).eval().requires_grad_(False)
+        net = hold_constants(copy.deepcopy(net).eval().requires_grad_(False))  # export and half() look for buffers
         for module in net.modules():
             if isinstance(module, LocalMean):
                 module.forward = functools.partial(_local_mean, module)
-            elif _is_swin_block(module):
+            elif swin.is_block(module):
                 module.forward = functools.partial(_swin_block, module)
-            # Constants that a network keeps as plain tensors, such as EDSR's and SwinIR's mean: export and half() look
-            # for buffers.
-            for name, value in list(vars(module).items()):
-                if isinstance(value, torch.Tensor):
-                    delattr(module, name)
-                    module.register_buffer(name, value.detach(), persistent=False)
         self.net = net.half() if half else net
         self.scale, self.half_precision, self.multiple = scale, half, padding_of(net)
 
@@ -155,12 +151,6 @@ def _mirrored(side, multiple, device):
     return torch.where(places <= last, places, beyond)
 
 
-def _is_swin_block(module):
-    """SwinIR's block, BasicSR's or another copy of the same code, such as spandrel's."""
-    parts = ('norm1', 'attn', 'norm2', 'mlp', 'drop_path', 'window_size', 'shift_size', 'calculate_mask')
-    return type(module).__name__ == 'SwinTransformerBlock' and all(hasattr(module, part) for part in parts)
-
-
 def _swin_block(block, x, x_size):
     """SwinTransformerBlock.forward; sides are multiples of the window."""
     height, width = x_size
@@ -170,7 +160,7 @@ def _swin_block(block, x, x_size):
     mask = None
     if shift:
         windows = torch.roll(windows, (-shift, -shift), (1, 2))
-        mask = _swin_mask(height, width, side, shift, x)
+        mask = swin.mask(height, width, side, shift, x)
     windows = windows.view(batch, height // side, side, width // side, side, channels).transpose(2, 3)
     windows = block.attn(windows.reshape(-1, side * side, channels), mask=mask)
     windows = windows.view(batch, height // side, width // side, side, side, channels).transpose(2, 3)
@@ -179,24 +169,6 @@ def _swin_block(block, x, x_size):
         windows = torch.roll(windows, (shift, shift), (1, 2))
     x = x + block.drop_path(windows.reshape(batch, height * width, channels))
     return x + block.drop_path(block.mlp(block.norm2(x)))
-
-
-def _swin_mask(height, width, side, shift, like):
-    """0 between pixels of one region, -100 between those that only the shift brought into one window.
-
-    Regions along an axis: all but the last window, the last window, and of it what came around.
-
-    Returns:
-        (windows, side * side, side * side).
-    """
-
-    def regions(size):
-        backwards = torch.arange(size, device=like.device).flip(0)  # 0 at the last one
-        return (backwards < side).to(like.dtype) + (backwards < shift).to(like.dtype)
-
-    regions = regions(height)[:, None] * 3 + regions(width)
-    regions = regions.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1, side * side)
-    return (regions[:, None, :] != regions[:, :, None]).to(like.dtype) * -100.0
 
 
 def _local_mean(module, x):

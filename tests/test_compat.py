@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import SWINIR
 from torch import nn
 
 import dckd_sr  # noqa: F401
@@ -206,3 +207,105 @@ def test_a_deferred_module_is_loaded_where_more_than_its_function_is_asked_for(t
     with pytest.raises(ZeroDivisionError), compat.deferred('slow_module', 'function'):
         1 / 0  # noqa: B018
     assert 'slow_module' not in sys.modules
+
+
+def plain_tensors(net):
+    return [name for module in net.modules() for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+
+
+SR = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+
+
+@pytest.mark.parametrize(
+    'block',
+    [
+        {'type': 'EDSR', **SR},
+        {'type': 'RCAN', **SR, 'num_group': 1, 'squeeze_factor': 4},
+        SWINIR,
+        {'type': 'DUF', 'scale': 2, 'num_layer': 16},
+        {'type': 'StyleGAN2Generator', 'out_size': 8, 'num_style_feat': 8, 'num_mlp': 1, 'narrow': 0.01},
+    ],
+    ids=lambda block: block['type'],
+)
+def test_constants_go_where_the_network_goes(block):
+    from basicsr.archs import build_network
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    torch.manual_seed(0)
+    net = build_network(block)
+    torch.manual_seed(0)
+    own = ARCH_REGISTRY.get(block['type'])(**{key: value for key, value in block.items() if key != 'type'})
+    assert plain_tensors(own) and not plain_tensors(net)
+    found, expected = net.state_dict(), own.state_dict()
+    assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in found)
+    assert {buffer.device.type for buffer in net.to('meta').buffers()} == {'meta'}
+
+
+@pytest.mark.parametrize('block', [{'type': 'EDSR', **SR}, SWINIR], ids=['EDSR', 'SwinIR'])
+def test_a_network_is_compiled_once(block):
+    from basicsr.archs import build_network
+
+    net, graphs = build_network(block).to('meta'), []
+
+    def backend(module, examples):
+        graphs.append({example.device.type for example in examples if isinstance(example, torch.Tensor)})
+        return module
+
+    compiled = torch.compile(net, backend=backend, dynamic=False)
+    for _ in range(3):
+        compiled(torch.rand(1, 3, 16, 16, device='meta'))
+    assert graphs == [{'meta'}]
+
+
+def test_constants_are_not_copied_to_a_device_in_the_first_forward(gpu):
+    from basicsr.archs import build_network
+
+    net = build_network({'type': 'EDSR', **SR}).to('cuda')
+    gpu.found.clear()
+    assert net(torch.rand(1, 3, 8, 8, device='cuda')).is_cuda and not gpu.found
+
+
+def test_basicsrs_models_build_such_networks():
+    from basicsr.models import build_model
+
+    opt = {'num_gpu': 0, 'dist': False, 'is_train': False, 'path': {}, 'network_g': {'type': 'EDSR', **SR}}
+    assert not plain_tensors(build_model({'model_type': 'SRModel', **opt}).net_g)
+
+
+def test_constants_are_not_sent_between_processes(tmp_path):
+    from basicsr.archs import build_network
+
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(build_network({'type': 'EDSR', **SR}))
+        assert wrapped.modules_buffers == [] and 'mean' in wrapped.parameters_to_ignore
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_networks_that_spandrel_builds_are_mended_too(tmp_path):
+    """Its copy of SwinIR has the constants and the masks of BasicSR's."""
+    from basicsr.archs import build_network
+
+    from dckd_sr.archs import spandrel_arch
+    from dckd_sr.ops import swin
+
+    net = build_network({**SWINIR, 'img_size': 32}).eval()
+    torch.save(net.state_dict(), tmp_path / 'net.pth')
+    theirs, _ = spandrel_arch.build(tmp_path / 'net.pth', None, {}, 'param_key')
+    assert type(theirs).__module__.startswith('spandrel') and not plain_tensors(theirs)
+    swin._kept.clear()
+    image = torch.rand(1, 3, 24, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(image), net(image), rtol=0, atol=1e-6)
+    assert len(swin._kept) == 2  # with and without shift, of both networks
+
+
+def test_what_is_learned_or_made_anew_is_no_constant():
+    layer = nn.utils.weight_norm(nn.Conv2d(3, 3, 1))
+    layer.scale = torch.full((1,), 2.0)
+    compat.hold_constants(layer)
+    assert [name for name, _ in layer.named_buffers()] == ['scale'] and 'weight' in vars(layer)
+    layer(torch.rand(1, 3, 2, 2)).sum().backward()
+    assert layer.weight_v.grad is not None and 'scale' not in layer.state_dict()

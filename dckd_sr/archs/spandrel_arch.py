@@ -19,6 +19,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import ARCH_REGISTRY
 
 from dckd_sr import checkpoint
+from dckd_sr.compat import hold_constants
 from dckd_sr.errors import UserError, nearest
 
 Description = namedtuple('Description', 'type scale num_in_ch num_out_ch window_size options is_ours')
@@ -71,7 +72,7 @@ def build(path, param_key, options, option):
         net = cls(**{**description.options, **options})
         checkpoint.load_weights(net, weights, path)
     get_root_logger().info(f'Read {type(net).__name__} from {path}, weights: {used}.')
-    return net.eval(), used
+    return hold_constants(net).eval(), used
 
 
 def describe(path, param_key=None):
