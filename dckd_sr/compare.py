@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from basicsr.utils import get_time_str
 
-from dckd_sr import evaluation, option_files, options, safe_yaml, sources, test
+from dckd_sr import evaluation, logs, option_files, options, safe_yaml, sources, test
 from dckd_sr.commands import Parser
 from dckd_sr.errors import UserError, entry_point, nearest
 from dckd_sr.option_checks import Report
@@ -413,7 +413,7 @@ class Live:
         with self.lock:
             self._clear()
             print(f'{run.name}: {how}; log: {run.log}', flush=True)
-            self.runs[run.name] = run, run.log.stat().st_size if run.log.is_file() else 0
+            self.runs[run.name] = run, time.time()
 
     def end(self, run, text):
         with self.lock:
@@ -441,20 +441,18 @@ class Live:
             self.shown = ''
 
 
-_ITERATION = re.compile(r'iter: *([\d,]+), lr:.*?\[eta: ([^,\]]*(?:, [\d:]+)?), time')
-
-
-def _progress(run, start):
-    """'1,200 of 50,000, 1:02:03 left', by the last line of the log after what earlier processes wrote."""
+def _progress(run, began):
+    """'1,200 of 50,000, 1 h 02 min left', by the last row of its metrics that was written since ``began``."""
+    path, total = run.folder / 'metrics.jsonl', run.options['train']['total_iter']
     try:
-        with open(run.log, 'rb') as file:
-            file.seek(max(start, os.path.getsize(run.log) - 2**14))
-            found = _ITERATION.findall(file.read().decode(errors='replace'))
+        written = path.stat().st_mtime >= began
+        rows = [row for row in logs.read_metrics(path) if 'time' in row] if written else []
     except OSError:
-        found = []
-    if not found:
+        rows = []
+    if not rows:
         return 'starts'
-    return f'{found[-1][0]} of {run.options["train"]["total_iter"]:,}, {found[-1][1]} left'
+    left = _duration((total - rows[-1]['iter']) * rows[-1]['time'])
+    return f'{rows[-1]["iter"]:,} of {total:,}, {left} left'
 
 
 def finished(run):
@@ -596,12 +594,11 @@ def tested(run, whole, pictures):
 
 
 def seconds_per_step(runs):
-    """Method -> median of what its logs say an iteration took, in seconds; absent where they say nothing."""
+    """Method -> median of what an iteration took, in seconds; absent where its runs have written nothing."""
     times = {}
     for run in runs:
-        for log in (Path('experiments') / run.name).glob('train_*.log'):
-            found = re.findall(r'time \(data\): ([\d.]+)', log.read_text(encoding='utf-8', errors='replace'))
-            times.setdefault(run.method, []).extend(map(float, found))
+        rows = logs.read_metrics(run.folder / 'metrics.jsonl')
+        times.setdefault(run.method, []).extend(row['time'] for row in rows if 'time' in row)
     return {method: statistics.median(values) for method, values in times.items() if values}
 
 
@@ -654,6 +651,18 @@ def write_tables(folder, scores, fixed, runs):
         },
         'fixed': {n: {f'{s} {k}': values[0] for (s, k), values in means.items()} for n, means in fixed.items()},
         'seconds_per_step': seconds,
+        'table': {
+            'columns': columns,
+            'rows': [
+                {
+                    'name': name,
+                    'cells': [_cell(column[1], means.get(column), ' ± ') for column in columns],
+                    'places': [places.get(column) for column in columns],  # 1 the best, 2 the second
+                }
+                for name, means, places in rows
+            ],
+            'notes': about,
+        },
         'runs': {
             run.name: {'method': run.method, 'seed': run.seed, 'weights': sources.read(run.folder).get('weights')}
             for run in runs

@@ -6,7 +6,6 @@ The teacher of super-resolution comes with this package, those of deblurring and
 """
 
 import argparse
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -15,7 +14,7 @@ import cv2
 import numpy as np
 import skimage
 
-from dckd_sr import options, test, train
+from dckd_sr import logs, options, test, train
 from dckd_sr.data import build_val_loader
 from dckd_sr.data.files import decode, read_bytes
 from dckd_sr.errors import UserError, entry_point
@@ -183,17 +182,13 @@ def compare(runs, task='sr'):
 
 
 def draw_curves(runs, path, label='PSNR on Y, dB', title='Held-out photographs, x4'):
-    """Validation PSNR over iterations of both students, from their logs."""
+    """Validation PSNR over iterations of both students."""
     pyplot = matplotlib()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
     for name, opt in runs.items():
-        log = max(Path(opt['path']['log']).glob('train_*.log')).read_text(encoding='utf-8')
-        points, iteration = [], 0
-        for match in re.finditer(r'iter: *([\d,]+), lr|# psnr: ([\d.]+)', log):
-            if match[1]:
-                iteration = int(match[1].replace(',', ''))
-            else:
-                points.append((iteration, float(match[2])))
+        rows = logs.read_metrics(Path(opt['path']['log'], 'metrics.jsonl'))
+        scores = {row['iter']: next(iter(row['validation'].values()))['psnr'] for row in rows if 'validation' in row}
+        points = sorted(scores.items())
         axes.plot(*zip(*points), marker='o', label='DCKD' if name == 'distill' else name)
     axes.set(xlabel='iteration', ylabel=label, title=title)
     axes.grid(alpha=0.3)

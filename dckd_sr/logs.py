@@ -4,11 +4,17 @@ basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_log
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import logging.handlers
+import platform
 import re
 
+import basicsr
+import numpy as np
+import torch
+import torchvision
 from basicsr.utils import logger as basicsr_logger
 from basicsr.utils.dist_util import get_dist_info
 from tqdm import tqdm
@@ -85,6 +91,12 @@ class Metrics:
             kept = [json.dumps(row) + '\n' for row in read_metrics(path) if row['iter'] <= start]
             checkpoint.write(''.join(kept).encode(), path)
 
+    def write_scores(self, iteration, name, scores):
+        """Append the scores of a validation: name of the set, metric -> value."""
+        scores = {metric: float(v) for metric, v in scores.items() if isinstance(v, (float, int, np.number))}
+        if scores:
+            self.write({'iter': iteration, 'validation': {name: scores}})
+
     def write(self, row):
         """Append a dict of JSON values, with ``iter`` among them; numbers that are not finite become null."""
         if self.path is None:
@@ -98,14 +110,30 @@ class Metrics:
 
 
 def read_metrics(path):
-    """The objects of a ``metrics.jsonl``; lines that a killed process left unfinished are passed over."""
+    """The objects of a ``metrics.jsonl``, [] where there is none.
+
+    Lines that a killed process left unfinished are passed over.
+    """
     rows = []
+    if not path.is_file():
+        return rows
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get('iter'), int):
                 rows.append(row)
     return rows
+
+
+def versions():
+    """Package -> version, of what a training's numbers depend on."""
+    return {
+        'Python': platform.python_version(),
+        'PyTorch': torch.__version__,
+        'TorchVision': torchvision.__version__,
+        'BasicSR': basicsr.__version__,
+        'dckd_sr': importlib.import_module('dckd_sr').__version__,
+    }
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import platform
-import re
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -107,14 +106,15 @@ def report(arguments, output=None, images=4):
 
 @dataclass
 class Log:
-    """What the logs of a run say, those of a resumed one together.
+    """What a run's ``metrics.jsonl`` says.
 
     Attributes:
-        losses: iteration -> name -> value, as printed.
+        losses: iteration -> name -> value.
         scores: iteration -> (set, metric) -> value of the validation.
-        seconds: of an iteration, as printed.
-        total: iterations that were asked for, None where the log does not say.
-        about: what -> device, versions.
+        seconds: of an iteration.
+        total: iterations that were asked for, None where the file does not say.
+        about: what -> batch, device, versions, ... of the training.
+        contrast: rows with the sums of the contrastive loss.
     """
 
     losses: dict = field(default_factory=dict)
@@ -123,6 +123,7 @@ class Log:
     total: int | None = None
     finished: bool = False
     about: dict = field(default_factory=dict)
+    contrast: list = field(default_factory=list)
 
 
 @dataclass
@@ -134,7 +135,6 @@ class Run:
     options: dict
     text: str
     log: Log
-    contrast: list
 
     @property
     def name(self):
@@ -146,11 +146,11 @@ def find(argument):
     places = (Path(argument), Path('experiments') / argument, Path('results') / argument)
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        known = [path.name for path in sorted(Path('experiments').glob('*')) if list(path.glob('train_*.log'))]
+        known = [path.parent.name for path in sorted(Path('experiments').glob('*/metrics.jsonl'))]
         raise UserError(f'{argument}: no such run or folder{looked_in(argument)}{nearest(argument, known)}')
     folder = folder.resolve() if folder.name in ('', '..') else folder
-    if not (folder / 'compare.json').is_file() and not list(folder.glob('train_*.log')):
-        raise UserError(f'{folder} has neither a train_*.log nor a compare.json: no run, and no finished comparison')
+    if not (folder / 'compare.json').is_file() and not (folder / 'metrics.jsonl').is_file():
+        raise UserError(f'{folder} has neither a metrics.jsonl nor a compare.json: no run, and no finished comparison')
     return folder
 
 
@@ -170,10 +170,18 @@ def read_all(folders):
     return tables + ([table_of(alone)] if alone else []), runs + alone
 
 
+_MARKS = {1: 'best', 2: 'second'}
+
+
 def read_comparison(folder, start=''):
     try:
         content = json.loads((folder / 'compare.json').read_text(encoding='utf-8'))
-        lines = (folder / 'compare.md').read_text(encoding='utf-8').splitlines()
+        table = content['table']
+        rows = [[('Method', ''), *((f'{name} {metric.upper()}', '') for name, metric in table['columns'])]]
+        for row in table['rows']:
+            marks = (_MARKS.get(place, '') for place in row['places'])
+            rows.append([(row['name'], ''), *zip(row['cells'], marks)])
+        notes = list(table['notes'])
         methods = {start + compare.label(name): means for name, means in content['methods'].items()}
         named = [(name, start + compare.label(run['method'])) for name, run in content['runs'].items()]
         fixed = {start + name: {key: [v] for key, v in means.items()} for name, means in content['fixed'].items()}
@@ -182,17 +190,12 @@ def read_comparison(folder, start=''):
             for label, means in {**fixed, **methods}.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{folder}: not what dckd_sr.compare writes: {reason(error)}') from error
+        raise UserError(
+            f'{folder}/compare.json: not what dckd_sr.compare writes ({reason(error)}); the same command writes it anew'
+        ) from error
     experiments = folder.parent.parent / 'experiments'
     runs = [read_run(experiments / name, label) for name, label in named]
     changed = [run.name for run in runs if not _still(run, content['runs'][run.name].get('weights'))]
-    rows = [line.strip('| ').split(' | ') for line in lines if line.startswith('|')]
-    marks = (('**', 'best'), ('<u>', 'second'))
-    rows = [
-        [(re.sub(r'\*\*|</?u>', '', cell), next((m for s, m in marks if cell.startswith(s)), '')) for cell in row]
-        for row in rows[:1] + rows[2:]
-    ]
-    notes = [line[2:] for line in lines if line.startswith('- ')]
     if changed:
         notes.append(f'other weights than when the table was made: {", ".join(changed)}; compare makes it anew')
     return {'title': folder.name, 'rows': rows, 'notes': notes, 'scores': scores}, runs
@@ -265,54 +268,27 @@ def read_run(folder, label):
         except UserError as error:
             raise UserError(f'{resolved}: {error}') from error
     opt = opt if isinstance(opt, dict) else {}
-    log = read_logs(sorted(folder.glob('train_*.log')), (opt.get('val') or {}).get('val_freq'))
-    metrics = folder / 'metrics.jsonl'
-    contrast = [row for row in logs.read_metrics(metrics) if row.get('numerator')] if metrics.is_file() else []
-    return Run(label, folder, opt, text, log, contrast)
+    return Run(label, folder, opt, text, read_log(folder / 'metrics.jsonl'))
 
 
-_LINE = re.compile(r'iter: *([\d,]+), lr:.*?time \(data\): ([\d.]+) \([\d.]+\)\] (.*)')
-_VALUE = re.compile(r'(\w+): (\S+)')
-_SCORE = re.compile(r'\t # (.+?): ([-+.\w]+)')
-_RESUMED = re.compile(r'INFO: Resuming from .*, iteration (\d+)\.$')
-_TRAINING = re.compile(r'INFO: Training: (.* (\d+) iterations)\.$')
-_VERSION = re.compile(r'\t(BasicSR|PyTorch|TorchVision): (\S+)$')
-
-
-def read_logs(paths, val_freq=None):
-    """Read BasicSR's log lines; after a resume, what the former process did beyond its start is left out.
-
-    A validation's lines do not say its iteration: it is the next multiple of ``val_freq`` (or the last iteration), or,
-    where that is not known, that of the line before.
-
-    Returns:
-        Log.
-    """
+def read_log(path):
+    """A `Log` of what is in a ``metrics.jsonl``; what a validation that was repeated says counts."""
     log = Log()
-    for path in paths:
-        last, validated, name = 0, {}, None
-        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-            if found := _LINE.search(line):
-                last = int(found[1].replace(',', ''))
-                log.losses[last] = {name: float(value) for name, value in _VALUE.findall(found[3])}
-                log.seconds.append(float(found[2]))
-            elif found := _RESUMED.search(line):
-                last, validated, log.finished = int(found[1]), {}, False
-                log.losses = {i: values for i, values in log.losses.items() if i <= last}
-                log.scores = {i: values for i, values in log.scores.items() if i <= last}
-            elif 'INFO: Validation ' in line:
-                name = line.partition('INFO: Validation ')[2]
-                at = max(last, validated.get(name, -1) + 1)
-                at = at if not val_freq else min(-(-at // val_freq) * val_freq, log.total or math.inf)
-                validated[name] = at
-            elif name is not None and (found := _SCORE.match(line)):
-                log.scores.setdefault(at, {})[name, found[1]] = float(found[2])
-            elif found := _TRAINING.search(line):
-                log.total, log.about['data'] = int(found[2]), found[1]
-            elif found := _VERSION.match(line):
-                log.about[found[1]] = found[2]
-            elif 'INFO: End of training.' in line:
-                log.finished = True
+    for row in logs.read_metrics(path):
+        if isinstance(row.get('start'), dict):
+            log.about, log.finished = row['start'], False
+            log.total = row['start'].get('total_iter')
+        elif isinstance(row.get('validation'), dict):
+            scores = log.scores.setdefault(row['iter'], {})
+            scores.update({(name, m): v for name, values in row['validation'].items() for m, v in values.items()})
+        elif 'end' in row:
+            log.finished = True
+        else:
+            beside = ('epoch', 'iter', 'time', 'data_time')
+            numbers = {name: v for name, v in row.items() if isinstance(v, (int, float)) and name not in beside}
+            log.losses[row['iter']] = numbers
+            log.seconds += [row['time']] if 'time' in row else []
+            log.contrast += [row] if row.get('numerator') else []
     return log
 
 
@@ -325,7 +301,7 @@ def summary(run):
         (value, i, name)
         for i, values in log.scores.items()
         for (name, metric), value in values.items()
-        if 'psnr' in metric.lower()
+        if 'psnr' in metric.lower() and value is not None
     ]
     value, i, name = max(psnr, default=(None, None, None))
     best = '-' if value is None else f'{value:.4f} ({name}, iteration {i:,})'
@@ -355,7 +331,8 @@ def flat(options):
 def environment(runs):
     """(what, value) about the machine of the trainings, as the first log says, and about this one."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    trained = next((run.log.about for run in runs if run.log.about), {})
+    trained = dict(next((run.log.about for run in runs if run.log.about), {}))
+    trained.update(trained.pop('versions', {}))
     return [
         *((f'training: {key}', value) for key, value in trained.items()),
         ('report: dckd_sr', dckd_sr.__version__),
@@ -370,17 +347,17 @@ def bounds(runs):
     At first and at last are means of a tenth each.
     """
     rows = []
-    for label, group in grouped(run for run in runs if run.contrast):
-        for level in range(len(group[0].contrast[0]['numerator'])):
+    for label, group in grouped(run for run in runs if run.log.contrast):
+        for level in range(len(group[0].log.contrast[0]['numerator'])):
             row = [label, str(level + 1)]
             for part in ('numerator', 'denominator'):
-                series = [[r[part][level] for r in run.contrast if r[part][level] is not None] for run in group]
+                series = [[r[part][level] for r in run.log.contrast if r[part][level] is not None] for run in group]
                 series = [values or [math.nan] for values in series]
                 tenths = [max(1, len(values) // 10) for values in series]
                 first = statistics.fmean(v for values, n in zip(series, tenths) for v in values[:n])
                 last = statistics.fmean(v for values, n in zip(series, tenths) for v in values[-n:])
                 row += [f'{first:.4g}', f'{last:.4g}', f'×{last / first:.2f}' if first else '-']
-            left_out = [r['left_out'][level] for run in group for r in run.contrast if r.get('left_out')]
+            left_out = [r['left_out'][level] for run in group for r in run.log.contrast if r.get('left_out')]
             rows.append([*row, f'{statistics.fmean(left_out):.0%}' if left_out else '-'])
     return rows
 

@@ -116,7 +116,7 @@ def draw(figures, runs, scores, costs):
             # The first scores are far below all others, between which the differences are.
             end = max(i for run in runs for i in run.log.scores)
             late = [run.log.scores[i].get(key, math.nan) for run in runs for i in run.log.scores if i > end / 4]
-            late = [value for value in late if math.isfinite(value)]
+            late = [value for value in late if value is not None and math.isfinite(value)]
             if late and min(late) < max(values):
                 margin = 0.05 * (max(values) - min(late))
                 axes.set_ylim(min(late) - margin, max(values) + margin)
@@ -130,12 +130,12 @@ def draw(figures, runs, scores, costs):
                 log_axis(axes)
 
         figures.draw('curves', key, plot, xlabel='iteration')
-    contrasting = [run for run in runs if run.contrast]
-    for level in range(max((len(run.contrast[0]['numerator']) for run in contrasting), default=0)):
+    contrasting = [run for run in runs if run.log.contrast]
+    for level in range(max((len(run.log.contrast[0]['numerator']) for run in contrasting), default=0)):
 
         def plot(axes, level=level):
             for part, style in (('numerator', '-'), ('denominator', '--')):
-                curves(axes, lambda one, part=part: sums(one.contrast, part, level), BINS, ls=style)
+                curves(axes, lambda one, part=part: sums(one.log.contrast, part, level), BINS, ls=style)
             for line in axes.get_lines():
                 if line.get_linestyle() == '--':
                     line.set_label('')  # the solid one is in the legend
@@ -145,13 +145,14 @@ def draw(figures, runs, scores, costs):
                 axes.axvline(i, color=INK, lw=0.4, alpha=0.5, ls=':')
 
         figures.draw('contrast', f'Level {level + 1}', plot, xlabel='iteration')
-    for level in range(max((len(row.get('left_out') or ()) for run in contrasting for row in run.contrast), default=0)):
+    rows = [row for run in contrasting for row in run.log.contrast if row.get('left_out')]
+    for level in range(max((len(row['left_out']) for row in rows), default=0)):
 
         def plot(axes, level=level):
-            curves(axes, lambda one: sums(one.contrast, 'left_out', level), BINS)
+            curves(axes, lambda one: sums(one.log.contrast, 'left_out', level), BINS)
             axes.set_ylim(-0.05, 1.05)
 
-        if any(row['left_out'][level] for run in contrasting for row in run.contrast if row.get('left_out')):
+        if any(row['left_out'][level] for row in rows):
             figures.draw('contrast', f'Level {level + 1}, part left out', plot, xlabel='iteration')
     column = next((c for means in scores.values() for c in means if 'psnr' in c[1].lower()), None)
     points = {label: means[column] for label, means in scores.items() if label in costs and column in means}

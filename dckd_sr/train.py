@@ -138,9 +138,17 @@ def prepare(opt, args, notes, held):
     logger.info(get_env_info().strip('\n') + dict2str(opt), extra=logs.FILE_ONLY)
     for note in [*notes, *changes.values()]:
         logger.warning(note)
+    about = {
+        'images': len(train_loader.dataset),
+        'batch': describe_batch(opt, sampler),
+        'device': str(model.device),
+        'iterations_per_epoch': sampler.iterations_per_epoch,
+        'total_iter': int(opt['train']['total_iter']),
+        'versions': logs.versions(),
+    }
     logger.info(
-        f'Training: {len(train_loader.dataset)} images, batch {describe_batch(opt, sampler)} on {model.device}, '
-        f'{sampler.iterations_per_epoch} iterations an epoch, {int(opt["train"]["total_iter"])} iterations.'
+        f'Training: {about["images"]} images, batch {about["batch"]} on {model.device}, '
+        f'{sampler.iterations_per_epoch} iterations an epoch, {about["total_iter"]} iterations.'
     )
     if model.device.type == 'cuda':
         logger.info(precision.describe(opt, model.device))
@@ -150,11 +158,14 @@ def prepare(opt, args, notes, held):
     if state:
         logger.info(f'Resuming from {state_path}, iteration {start}.')
     model.run_state = {'options': text, 'failures': ((state or {}).get('dckd_sr') or {}).get('failures', 0)}
-    return model, train_loader, sampler, val_loaders, start, bar
+    return model, train_loader, sampler, val_loaders, start, bar, about
 
 
-def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
+def run(opt, model, train_loader, sampler, val_loaders, start, bar, about, signals):
     """The training loop, from the iteration after ``start`` to the last, or to a signal.
+
+    Args:
+        about: what ``metrics.jsonl`` says of the training at its start.
 
     Returns:
         exit code.
@@ -166,6 +177,7 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
     message_logger = MessageLogger(opt, start, tb_logger)
     message_logger.max_iters = total + 1  # it takes one off, which makes the last ETA negative
     metrics = logs.Metrics(Path(opt['path']['log']) / 'metrics.jsonl' if opt['rank'] == 0 else None, start)
+    metrics.write({'iter': start, 'start': about})
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     progress = tqdm(total=total, initial=start, disable=not bar, dynamic_ncols=True, unit='it')
     batches, began, saved, stage = iter(train_loader), time.time(), start, None
@@ -177,8 +189,11 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
         try:
             signals.interruptible = opt['world_size'] == 1 and not signals.received
             for loader in val_loaders:
-                with logs.explained(f'validation on {loader.dataset.opt["name"]}'):
+                name = loader.dataset.opt['name']
+                vars(model).pop('metric_results', None)  # of another set
+                with logs.explained(f'validation on {name}'):
                     model.validation(loader, iteration, tb_logger, opt['val']['save_img'])
+                metrics.write_scores(iteration, name, getattr(model, 'metric_results', {}))
         except processes.Stopped:
             return True
         finally:
@@ -247,7 +262,9 @@ def run(opt, model, train_loader, sampler, val_loaders, start, bar, signals):
         data_timer.start()
 
     progress.close()
-    logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - began))}')
+    seconds = time.time() - began
+    logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(seconds))}')
+    metrics.write({'iter': total, 'end': {'seconds': round(seconds, 1)}})
     save(model, -1, -1, opt)
     if opt['rank'] == 0:
         sources.end(opt['path']['experiments_root'])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from dckd_sr import train
+from dckd_sr import logs, train
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = -0.1  # dB: what the block may cost
@@ -145,8 +145,8 @@ def scores(student, scale, kind, seed, steps, folder):
             code = train.main(['-opt', str(file), '--auto_resume'])
         if code:
             sys.exit(code)
-        log = max(Path(f'experiments/{name}').glob('train_*.log'), key=lambda path: path.stat().st_mtime)
-        found[str(total)] = float(re.findall(r'# psnr: (\S+)', log.read_text())[-1])
+        rows = logs.read_metrics(Path('experiments', name, 'metrics.jsonl'))
+        found[str(total)] = next(row['validation']['Set5']['psnr'] for row in reversed(rows) if 'validation' in row)
         kept.write_text(json.dumps(found))
     return [found[str(total)] for total in steps]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -539,21 +540,25 @@ def test_a_crash_is_told_from_its_own_log(monkeypatch, tmp_path):
 
 def test_what_trains_is_shown(monkeypatch, tmp_path, capsys):
     (run,) = plain_runs(tmp_path / 'run.yml', ['scratch'], [1])
-    line = '[run..][epoch:  0, iter: {:7,}, lr:(1.000e-03,)] [eta: {}, time (data): 0.1 (0.0)] l: 1\n'
-    run.log.write_text(line.format(5, '0:00:09'))
+    metrics = run.folder / 'metrics.jsonl'
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"iter": 5, "time": 1.0}\n')  # of a process before this one
+    os.utime(metrics, (1, 1))
     monkeypatch.setattr(compare, '_LINE', -1)
     live = compare.Live()
     live.begin(run, 'training')
     live.show()
-    with open(run.log, 'a') as file:
-        file.write(line.format(1200, '1 day, 1:02:03'))
+    run.options['train']['total_iter'] = 4000
+    with open(metrics, 'a') as file:
+        file.write('{"iter": 1200, "time": 2.0}\n{"iter": 1200, "validation": {"Set": {"psnr": 30.0}}}\n{"ite')
+    os.utime(metrics)
     live.show()
     live.end(run, 'scratch1: done')
     live.show()
     assert capsys.readouterr().out.splitlines() == [
         f'scratch1: training; log: {run.log}',
         'scratch1 starts',
-        'scratch1 1,200 of 7, 1 day, 1:02:03 left',
+        'scratch1 1,200 of 4,000, 1 h 33 min left',
         'scratch1: done',
     ]
 

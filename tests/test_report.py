@@ -144,6 +144,11 @@ def test_numbers_of_the_logs(page, folder):
     times = sorted(float(value) for value in re.findall(r'time \(data\): ([\d.]+)', log))
     assert first['s / iteration'] == f'{sum(times) / 2:.3f}'
     rows = [json.loads(line) for line in (folder / 'experiments/run/metrics.jsonl').read_text().splitlines()]
+    kinds = [next((kind for kind in ('start', 'validation', 'end') if kind in row), 'losses') for row in rows]
+    assert kinds == ['start', 'losses', 'validation', 'losses', 'validation', 'end']
+    assert rows[0]['start']['total_iter'] == 4 and rows[0]['start']['versions']['PyTorch'] == torch.__version__
+    assert [row['validation']['Set']['psnr'] for row in rows if 'validation' in row] == pytest.approx(printed, abs=1e-4)
+    rows = [row for row in rows if 'l_pix' in row]
     assert [row['iter'] for row in rows] == [2, 4]
     sums = next(table for table in page.tables if table[0][1] == 'level')[1:]
     assert [row[:2] for row in sums] == [['DCKD', '1'], ['DCKD', '2'], [ODD, '1'], [ODD, '2']]
@@ -176,30 +181,45 @@ def test_overlap_against_loops():
 
 
 def line(iteration, loss):
-    where = f'[epoch:  0, iter:{iteration:8,d}, lr:(1.000e-04,)]'
-    return f'x INFO: [run..]{where} [eta: 1 day, 0:00:01, time (data): 0.500 (0.001)] l_pix: {loss:.4e} \n'
+    return {'iter': iteration, 'epoch': 0, 'lrs': [1e-4], 'time': 0.5, 'data_time': 0.001, 'l_pix': loss}
 
 
-def validation(score):
-    return f'x INFO: Validation A: b\n\t # psnr: {score:.4f}\tBest: 9.0000 @ 1 iter\n\n'
+def validation(iteration, score):
+    return {'iter': iteration, 'validation': {'A: b': {'psnr': score}}}
 
 
 def starts(total, start=0):
-    text = f'x INFO: Training: 6 images, batch 4 on cpu, 2 iterations an epoch, {total} iterations.\n'
-    return text + (f'x INFO: Resuming from f/{start}.state, iteration {start}.\n' if start else '')
+    about = {'images': 6, 'batch': '4', 'device': 'cpu', 'total_iter': total, 'versions': {'PyTorch': '2'}}
+    return {'iter': start, 'start': about}
 
 
-def test_logs_of_a_resumed_run(tmp_path):
-    first = starts(1050) + line(400, 4) + line(800, 3) + validation(20) + line(1200, 99) + validation(98)
-    second = starts(1050, 1000) + validation(21) + line(1050, 1e-3) + validation(22) + 'x INFO: End of training. Time\n'
-    for name, text in (('train_run_1.log', first), ('train_run_2.log', second)):
-        (tmp_path / name).write_text(text)
-    log = report.read_logs([tmp_path / 'train_run_1.log'], 500)
+def metrics(folder, *rows):
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return folder / 'metrics.jsonl'
+
+
+def test_metrics_of_a_resumed_run(tmp_path):
+    first = [starts(1050), line(400, 4), line(800, 3), validation(1000, 20)]
+    path = metrics(tmp_path, *first)
+    log = report.read_log(path)
     assert not log.finished and log.scores[1000] == {('A: b', 'psnr'): 20.0}
-    log = report.read_logs(sorted(tmp_path.glob('*.log')), 500)
+    ended = [validation(1050, 22), {'iter': 1050, 'end': {'seconds': 1}}]
+    metrics(tmp_path, *first, starts(1050, 1000), validation(1000, 21), line(1050, 1e-3), *ended)
+    log = report.read_log(path)
     assert log.losses == {400: {'l_pix': 4.0}, 800: {'l_pix': 3.0}, 1050: {'l_pix': 0.001}}
     assert log.scores == {1000: {('A: b', 'psnr'): 21.0}, 1050: {('A: b', 'psnr'): 22.0}}
-    assert log.finished and log.total == 1050 and log.seconds == [0.5] * 4
+    assert log.finished and log.total == 1050 and log.seconds == [0.5] * 3
+    with open(path, 'a') as file:  # and goes on, for longer
+        file.write(json.dumps(starts(2000, 1050)) + '\n{"iter": 1100, "l_p')
+    log = report.read_log(path)
+    assert not log.finished and log.total == 2000
+
+
+def test_a_score_that_is_not_finite(tmp_path):
+    logs.Metrics(tmp_path / 'metrics.jsonl').write_scores(3, 'Set', {'psnr': math.inf, 'ssim': 1.0, 'odd': 'text'})
+    log = report.read_log(tmp_path / 'metrics.jsonl')
+    assert log.scores == {3: {('Set', 'psnr'): None, ('Set', 'ssim'): 1.0}}
+    assert report.summary(report.Run('a', tmp_path, {}, '', log))[-1] == '-'
 
 
 def test_curves_of_scores_show_where_the_methods_differ():
@@ -214,20 +234,13 @@ def test_curves_of_scores_show_where_the_methods_differ():
 
     def run(label, *values):
         scores = {10 * i: {('Set', 'psnr'): value} for i, value in enumerate(values, 1)}
-        return report.Run(label, Path(label), {}, '', report.Log(scores=scores), [])
+        return report.Run(label, Path(label), {}, '', report.Log(scores=scores))
 
     figures.draw(Stub(), [run('a', 5, 20, 29, 30), run('b', 4, 22, 28, 29)], {}, {})
     figures.draw(Stub(), [run('a', 31, 20, 29, math.nan)], {}, {})
     figures.draw(Stub(), [run('a', 20), run('b', math.nan)], {}, {})
     assert limits[0] == pytest.approx((19.5, 30.5)) and limits[1] == pytest.approx((19.45, 31.55))
     assert limits[2][0] < 20 < limits[2][1]
-
-
-def test_validations_without_a_line_between_them(tmp_path):
-    (tmp_path / 'a.log').write_text(starts(40) + validation(1) + validation(2) + line(30, 1) + validation(3))
-    assert list(report.read_logs([tmp_path / 'a.log'], 10).scores) == [0, 10, 30]
-    (tmp_path / 'b.log').write_text(line(30, 1) + validation(3))
-    assert list(report.read_logs([tmp_path / 'b.log']).scores) == [30]
 
 
 def test_metrics_follow_the_run_over_a_resume(folder, tmp_path):
@@ -240,6 +253,8 @@ def test_metrics_follow_the_run_over_a_resume(folder, tmp_path):
         Path('experiments/run/training_states/4.state').unlink()
         assert train.main(['-opt', 'opt.yml', '--auto_resume']) == 0
         again = logs.read_metrics(path)
+    assert sum('start' in row for row in again) == 2 and sum('validation' in row for row in again) == 2
+    whole, again = ([row for row in rows if 'l_pix' in row] for rows in (whole, again))
     assert [row['iter'] for row in again] == [2, 4]
     for part in ('l_pix', 'numerator', 'denominator', 'left_out', 'lrs'):
         assert again[1][part] == whole[1][part]
@@ -247,8 +262,8 @@ def test_metrics_follow_the_run_over_a_resume(folder, tmp_path):
 
 def test_metrics_are_json_and_of_rank_0(tmp_path):
     logs.Metrics(None).write({'iter': 1})
-    metrics = logs.Metrics(tmp_path / 'm.jsonl')
-    metrics.write({'iter': 1, 'l_pix': float('nan'), 'numerator': [1.5, float('inf')]})
+    written = logs.Metrics(tmp_path / 'm.jsonl')
+    written.write({'iter': 1, 'l_pix': float('nan'), 'numerator': [1.5, float('inf')]})
     assert (tmp_path / 'm.jsonl').read_text() == '{"iter": 1, "l_pix": null, "numerator": [1.5, null]}\n'
     (tmp_path / 'm.jsonl').write_text('{"iter": 1}\n[1]\n{"iter": 7}\n{"ite')
     logs.Metrics(tmp_path / 'm.jsonl', 3)
@@ -258,7 +273,7 @@ def test_metrics_are_json_and_of_rank_0(tmp_path):
 def test_an_interrupted_run_without_weights(tmp_path, capsys):
     run = Path('experiments/a<b>')
     run.mkdir(parents=True)
-    (run / 'train_a_1.log').write_text(starts(100) + line(20, 4))
+    metrics(run, starts(100), line(20, 4))
     assert report.main(['a<b>', '-o', 'page.html']) == 0
     page = Page(Path('page.html').read_text(encoding='utf-8'))
     assert page.table('run')[0] == {
@@ -316,7 +331,7 @@ def test_missing_parts_are_named(tmp_path, change, labels, said):
 
 
 def test_the_newest_weights_are_taken(tmp_path):
-    run = report.Run('r', tmp_path, {}, '', report.Log(), [])
+    run = report.Run('r', tmp_path, {}, '', report.Log())
     (tmp_path / 'models').mkdir()
     for name, newest in (
         ('net_g_9.pth', 'net_g_9.pth'),
@@ -364,10 +379,10 @@ def test_pictures_of_noise_keep_to_the_size_of_a_page(monkeypatch):
     'arguments, message',
     [
         (['rum'], "(did you mean 'run'?)"),
-        (['empty'], 'empty has neither a train_*.log nor a compare.json'),
+        (['empty'], 'empty has neither a metrics.jsonl nor a compare.json'),
         (['run', '-o', 'empty'], '-o empty: a folder; expected the name of the HTML file'),
         (['run', '-o', 'file/page.html'], 'cannot write file/page.html'),
-        (['run', '-o', 'experiments/run/train_1.log'], 'train_1.log: expected a name that ends in .html'),
+        (['run', '-o', 'experiments/run/metrics.jsonl'], 'metrics.jsonl: expected a name that ends in .html'),
         (['run', '--images', '-1'], '--images -1: expected 0 or more'),
         (['broken'], 'not what dckd_sr.compare writes'),
         (['odd'], 'experiments/odd/resolved.yml: '),
@@ -376,7 +391,7 @@ def test_pictures_of_noise_keep_to_the_size_of_a_page(monkeypatch):
 def test_mistakes(tmp_path, capsys, arguments, message):
     for name in ('run', 'odd'):
         Path('experiments', name).mkdir(parents=True)
-        Path('experiments', name, 'train_1.log').write_text(line(1, 1))
+        metrics(Path('experiments', name), line(1, 1))
     Path('experiments/odd/resolved.yml').write_text('a: [')
     for name in ('empty', 'broken'):
         Path(name).mkdir()
