@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dckd_sr import precision
-from dckd_sr.errors import UserError, reason
+from dckd_sr.compilation import Compiler
+from dckd_sr.errors import UserError
 from dckd_sr.ops import winograd
 
 ROLES = ('student', 'teacher', 'history', 'encoder')
@@ -52,13 +53,10 @@ class Speed:
         self.compile_mode = (opt.get('compile_mode') or 'default') if opt.get('use_compile') else None
         scaled = self.dtype == torch.float16 and {'student', 'encoder'} & set(self.amp)  # gradients pass through these
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        self._compiled, self._uncompiled = {}, set()
+        self._uncompiled, self._plainly = set(), False
         if self.compile_mode is not None:
-            # Compiled backward passes otherwise give away the buffers that a second pass through them needs:
-            # gradient_shares and the measurement of gradients call them several times.
-            from torch._functorch import config as functorch_config  # seconds, and only here
-
-            functorch_config.donated_buffer = False
+            self.compiler = Compiler(opt, self.device)
+            self.compile_mode = self.compiler.mode
         precision.set_tf32(opt.get('use_tf32'))
 
     def prepare(self, role: str, net: nn.Module) -> nn.Module:
@@ -81,24 +79,35 @@ class Speed:
         if self.compile_mode is not None:
             get_root_logger().warning(f'use_compile: the {role} is not compiled, because {why}')
 
-    def begin_step(self):
-        """Say that what compiled networks returned in the last step is not needed any more."""
-        if self.compile_mode is not None:
-            torch.compiler.cudagraph_mark_step_begin()
+    def begin_step(self, measured: bool = False) -> Compiler | None:
+        """Begin a step.
 
-    def compiled(self, function):
-        """A function of tensors, compiled where the option file asks for it."""
+        Args:
+            measured: several backward passes will go through its networks. CUDA graphs keep a gradient only until the
+                next one: such a step runs without them.
+
+        Returns:
+            the `Compiler` that knows what to do where a backward pass fails, or None where nothing is compiled.
+        """
+        if self.compile_mode is None:
+            return None
+        self.compiler.begin_step()
+        self._plainly = measured and self.compiler.cuda_graphs
+        return self.compiler
+
+    def compiled(self, function, name: str):
+        """A function of tensors, compiled where the option file asks for it; ``name`` is for messages."""
         if self.compile_mode is None or self.device.type == 'cpu':
             return function
-        return torch.compile(function, dynamic=False)
+        return functools.partial(self.compiler, name, function, mode='default')
 
     def __call__(self, role: str, net, x: torch.Tensor, **arguments):
         """``net(x, **arguments)``, x being (B, C, h, w). Output images are float32, also where the network is not."""
         if role in self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with self.autocast(role):
-            plain = self.compile_mode is None or role in self._uncompiled
-            out = net(x, **arguments) if plain else self._run_compiled(role, net, x, arguments)
+            plain = self.compile_mode is None or self._plainly or role in self._uncompiled
+            out = net(x, **arguments) if plain else self.compiler(role, net, x, **arguments)
         half = isinstance(out, torch.Tensor) and out.dtype in (torch.float16, torch.bfloat16)
         return out.float() if half else out
 
@@ -107,23 +116,6 @@ class Speed:
         if not use or role not in self.amp:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _run_compiled(self, role, net, x, arguments):
-        """Compiled on the first call. The network itself stays as it is: validation has images of many sizes."""
-        tried = (role, id(net)) in self._compiled
-        if not tried:
-            self._compiled[role, id(net)] = torch.compile(net, mode=self.compile_mode, dynamic=False)
-        compiled = self._compiled[role, id(net)]
-        if tried:
-            return compiled(x, **arguments)
-        try:
-            return compiled(x, **arguments)
-        except (
-            Exception
-        ) as error:  # no compiler, no Triton, an operation that it does not know: whatever its parts raise
-            get_root_logger().warning(f'use_compile: the {role} cannot be compiled and runs as it is: {reason(error)}')
-            self._compiled[role, id(net)] = net
-            return net(x, **arguments)
 
 
 def _blocks(net):

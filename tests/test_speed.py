@@ -6,11 +6,13 @@ import logging
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr.utils import get_root_logger
 from small_run import SWINIR, VQGAN, edsr
 from torch import nn
 
 import dckd_sr  # noqa: F401
-from dckd_sr import precision
+from dckd_sr import benchmark, precision
+from dckd_sr.errors import UserError
 from dckd_sr.speed import Speed, _blocks
 
 DIRECT = {**SWINIR, 'upsampler': 'pixelshuffledirect'}
@@ -239,3 +241,301 @@ def test_channels_last_networks_see_such_images():
     for net in (model.net_g, model.net_g_ema, model.net_his, model.net_t):
         weight = net.body[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.fixture
+def compiling(monkeypatch, caplog):
+    """torch.compile with a backend of the test's own, which costs nothing; torch's settings stay as they were."""
+    from torch._dynamo import config
+
+    compile_ = torch.compile
+    names = ('recompile_limit', 'accumulated_recompile_limit', 'fail_on_recompile_limit_hit', 'disable')
+    before = {name: getattr(config, name) for name in names}
+    monkeypatch.setattr(get_root_logger(), 'propagate', True)
+    caplog.set_level(logging.INFO, 'basicsr')
+    torch._dynamo.reset()
+
+    def use(backend):
+        monkeypatch.setattr(
+            torch, 'compile', lambda net, mode=None, dynamic=None: compile_(net, backend=backend, dynamic=dynamic)
+        )
+
+    yield use
+    torch._dynamo.reset()
+    for name, value in before.items():
+        setattr(config, name, value)
+
+
+def failing(times=(), forward=False):
+    """A backend whose graphs for backward (or forward) passes cannot be compiled: those of these numbers, or all."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    calls = []
+
+    def run(module, inputs):
+        return make_boxed_func(module.forward)
+
+    def fail(module, inputs):
+        calls.append(module)
+        if not times or len(calls) in times:
+            raise RuntimeError('no such kernel here\nand more')
+        return run(module, inputs)
+
+    return aot_autograd(fw_compiler=fail if forward else run, bw_compiler=run if forward else fail)
+
+
+def told(caplog):
+    texts = [record.getMessage() for record in caplog.records if record.name == 'basicsr']
+    return [text for text in texts if 'compil' in text]
+
+
+DROPPING = {**SWINIR, 'drop_path_rate': 0.5, 'depths': [1, 1]}
+
+
+@pytest.mark.parametrize(
+    'train, top, times, roles',
+    [
+        ({}, {'network_g': DROPPING}, (), ['encoder', 'student']),
+        ({}, {}, (1,), ['encoder']),
+        ({'gradient_shares': {'cl_opt': 0.1}}, {}, (2,), ['student']),
+        ({'total_iter': 10}, {'logger': {'gradients': True, 'print_freq': 1}}, (), ['student', 'encoder']),
+        ({'accum_iter': 2}, {}, (), ['encoder', 'student']),
+    ],
+)
+def test_a_backward_pass_that_does_not_compile_runs_as_it_is(train, top, times, roles, compiling, caplog):
+    plain = model_with(train, **top)
+    compiling(failing(times))
+    model = model_with(train, use_compile=True, **top)
+    for iteration in (1, 2):
+        torch.manual_seed(3)
+        losses, gradient = step(plain, iteration)
+        torch.manual_seed(3)
+        found, ours = step(model, iteration)
+        assert found == pytest.approx(losses, rel=2e-5)
+        torch.testing.assert_close(ours, gradient, rtol=0, atol=2e-5 * gradient.abs().max().item())
+        assert len(model.watch.found) == len(plain.watch.found)
+    warnings = [text for text in told(caplog) if 'cannot' in text]
+    assert warnings == [
+        f'use_compile: the {role} cannot be compiled and runs as it is: no such kernel here' for role in roles
+    ]
+
+
+def test_the_gradients_of_earlier_micro_batches_stay(compiling, caplog):
+    """The student's second pass fails in the second micro-batch, when the first one has been added to its gradient."""
+    train = {'accum_iter': 2, 'dukd_opt': {'type': 'UpcyclingLoss', 'n_gt_sub': 1, 'prob': 0.5}}
+    plain, results = model_with(train), []
+    compiling(failing((6,)))  # in each: encoder, student on two sizes
+    model = model_with(train, use_compile=True)
+    for each in (plain, model):
+        for micro, side in enumerate((16, 24)):
+            generator = torch.Generator().manual_seed(side)
+            lq, gt = (torch.rand(2, 3, size, size, generator=generator) for size in (side, 2 * side))
+            each.feed_data({'lq': lq, 'gt': gt})
+            each.steps.begin(1, micro)
+            each.optimize_parameters(1)
+        results.append(torch.cat([p.grad.flatten() for p in each.net_g.parameters()]))
+        assert each.cri_cl.counts[0].tolist() == [2, 2]
+    torch.testing.assert_close(*results, rtol=0, atol=2e-5 * results[0].abs().max().item())
+    assert [text for text in told(caplog) if 'cannot' in text] == [
+        'use_compile: the student cannot be compiled and runs as it is: no such kernel here'
+    ]
+
+
+def test_an_error_of_the_loss_is_none_of_the_compilers(compiling, caplog):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError('of the loss')
+
+    compiling('eager')
+    model = model_with(use_compile=True)
+    pixel_loss = model.cri_pix.forward
+    model.cri_pix.forward = lambda *images: Broken.apply(pixel_loss(*images))
+    with pytest.raises(RuntimeError, match='of the loss'):
+        step(model)
+    assert not [text for text in told(caplog) if 'student cannot' in text]
+
+
+def test_several_processes_end_where_a_backward_pass_fails(compiling, tmp_path):
+    compiling(failing())
+    run = Speed({'use_compile': True}, 'cpu')
+    net, x = nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4)
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            UserError, match="use_compile: the student's backward pass .* no such kernel here; .* false$"
+        ):
+            run.begin_step().backward(lambda: run('student', net, x).sum().backward(), lambda: None)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_size_that_does_not_compile(compiling, caplog):
+    compiling(failing((2,), forward=True))
+    run, net = Speed({'use_compile': True}, 'cpu'), nn.Conv2d(3, 3, 1)
+    for side in (4, 5, 6):
+        x = torch.rand(1, 3, side, side)
+        assert torch.equal(run('teacher', net, x), net(x))
+    assert told(caplog) == ['use_compile: the teacher cannot be compiled and runs as it is: no such kernel here']
+
+
+def test_what_a_network_raises_does_not_end_compilation(compiling, caplog):
+    compiling('eager')
+    run, net = Speed({'use_compile': True}, 'cpu'), nn.Conv2d(3, 3, 3)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        run('student', net, torch.rand(1, 3, 2, 2))
+    run('student', net, torch.rand(1, 3, 4, 4))
+    assert run.compiler.counts.total() == 1 and told(caplog) == []
+
+
+def test_too_little_memory_does_not_end_compilation(compiling, caplog):
+    full = [True]
+
+    def backend(module, inputs):
+        def run(*tensors):
+            if full:
+                raise torch.OutOfMemoryError('CUDA out of memory')
+            return module(*tensors)
+
+        return run
+
+    compiling(backend)
+    run, net, x = Speed({'use_compile': True}, 'cpu'), nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        run('student', net, x)
+    full.clear()
+    assert torch.equal(run('student', net, x), net(x)) and told(caplog) == []
+
+
+def test_a_loss_that_does_not_compile(compiling, caplog):
+    compiling(failing(forward=True))
+    run = Speed({'use_compile': True}, 'cuda')
+    function = run.compiled(lambda a, b: (a - b).abs().sum(), 'contrastive distance')
+    with torch.no_grad():
+        assert function(torch.ones(2), torch.zeros(2)) == 2
+    assert told(caplog) == [
+        'use_compile: the contrastive distance cannot be compiled and runs as it is: no such kernel here'
+    ]
+
+
+def test_many_sizes_stay_compiled_and_are_counted_once(compiling, caplog):
+    """As in progressive schedules, in `compare`, and where student, teacher and history share their code."""
+    graphs = []
+    compiling(lambda module, inputs: graphs.append(module) or module)
+    sizes = range(4, 14)  # torch's own limit is 8
+    for first in (3, 6):
+        caplog.clear()
+        run = Speed({'use_compile': True}, 'cpu')
+        nets = {role: nn.Conv2d(3, first + i, 1) for i, role in enumerate(('student', 'teacher', 'history'))}
+        for side in sizes:
+            for _ in range(2):
+                run.begin_step()
+                for role, net in nets.items():
+                    run(role, net, torch.rand(1, 3, side, side))
+        assert run.compiler.counts.total() == 3 * len(sizes)
+        (line,) = told(caplog)
+        assert line.startswith('use_compile: 3 compilations after the first step (student 1, teacher 1, history 1)')
+    assert len(graphs) == 2 * 3 * len(sizes)
+
+
+def test_sizes_without_end_are_told(compiling, caplog):
+    compiling('eager')
+    run, net = Speed({'use_compile': True}, 'cpu'), nn.Conv2d(3, 3, 1)
+    for side in range(4, 40):
+        run.begin_step()
+        run('student', net, torch.rand(1, 3, side, side))
+    (line,) = told(caplog)
+    assert line.startswith('use_compile: 8 compilations after the first step (student 8)')
+
+
+def test_one_size_is_not_told(compiling, caplog):
+    compiling('eager')
+    model = model_with(use_compile=True)
+    for iteration in range(1, 5):
+        step(model, iteration)
+    assert told(caplog) == []
+
+
+def test_a_limit_is_told(compiling, caplog):
+    compiling('eager')
+    run, net = Speed({'use_compile': True}, 'cpu'), nn.Conv2d(3, 3, 1)
+    torch._dynamo.config.recompile_limit = 2
+    for side in (4, 5, 6):
+        run('student', net, torch.rand(1, 3, side, side))
+    (line,) = told(caplog)
+    assert line.startswith('use_compile: the student cannot be compiled and runs as it is: ') and 'limit' in line
+
+
+def test_compilation_that_the_environment_forbids_is_told(compiling, caplog):
+    torch._dynamo.config.disable = True
+    Speed({'use_compile': True}, 'cpu')
+    assert told(caplog) == ['use_compile: nothing is compiled, because TORCH_COMPILE_DISABLE is set']
+
+
+@pytest.mark.parametrize(
+    'mode, without', [('reduce-overhead', 'default'), ('max-autotune', 'max-autotune-no-cudagraphs')]
+)
+@pytest.mark.parametrize(
+    'opt, why',
+    [
+        ({'train': {'accum_iter': 2}}, 'train.accum_iter: 2'),
+        ({'train': {'gradient_shares': {'cl_opt': 0.3}}}, 'train.gradient_shares'),
+        ({'train': {'accum_iter': 3}, 'logger': {'gradients': True}}, 'train.accum_iter: 3 and logger.gradients'),
+        ({'train': {'accum_iter': 1, 'gradient_shares': {'cl_opt': None}}}, None),
+        ({'train': {'accum_iter': 2}, 'is_train': False}, None),
+    ],
+)
+def test_cuda_graphs_are_left_out_where_gradients_must_last(mode, without, opt, why, compiling, caplog):
+    compiling('eager')
+    opt = {'is_train': True, 'use_compile': True, 'compile_mode': mode, **opt}
+    assert Speed(opt, 'cpu').compile_mode == mode and told(caplog) == []  # which has none
+    run = Speed(opt, 'cuda')
+    assert run.compile_mode == (without if why else mode) and run.compiler.cuda_graphs == (why is None)
+    assert [
+        f'compile_mode: {mode} runs as {without}, without CUDA graphs, because of {why}: ' in text
+        for text in told(caplog)
+    ] == [True] * bool(why)
+
+
+@pytest.mark.parametrize('mode, compiled', [('reduce-overhead', [False, True]), ('default', [True, True])])
+def test_measured_steps_run_without_cuda_graphs(mode, compiled, monkeypatch, gpu):
+    """A CUDA graph keeps a gradient only until the next one: the first five iterations compare those of the losses."""
+    calls = []
+    monkeypatch.setattr(
+        torch, 'compile', lambda net, **_: lambda *inputs, **settings: calls.append(net) or net(*inputs, **settings)
+    )
+    overrides = ['use_compile=true', f'compile_mode={mode}', 'train:total_iter=1000']
+    model = benchmark.build(benchmark.load('train_edsr_x4', overrides, None))
+    found = []
+    for iteration in (1, 7):
+        calls.clear()
+        images = {'lq': torch.rand(1, 3, 12, 12), 'gt': torch.rand(1, 3, 48, 48)}
+        model.feed_data(images)
+        model.steps.begin(iteration)
+        model.optimize_parameters(iteration)
+        found.append(model.net_t in calls)
+    assert found == compiled and len(model.watch.found) == 1
+
+
+def test_graphs_that_torch_leaves_out_are_told(compiling, monkeypatch, caplog):
+    from torch._dynamo.utils import counters
+
+    compiling('eager')
+    run = Speed({'use_compile': True, 'compile_mode': 'reduce-overhead'}, 'cuda')
+    monkeypatch.setitem(counters['inductor'], 'cudagraph_skips', 1)
+    for _ in range(4):
+        run.begin_step()
+    assert told(caplog) == [
+        'compile_mode: reduce-overhead: torch makes no CUDA graphs of a part of the step; '
+        'TORCH_LOGS=perf_hints says why'
+    ]

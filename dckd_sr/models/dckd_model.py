@@ -50,7 +50,7 @@ class DCKDModel(KDModel):
         self.cri_mclir = self.build_criterion('mclir_opt')
         self.cri_dukd = self.build_criterion('dukd_opt')
         if self.cri_cl is not None:
-            self.cri_cl.compare = self.run.compiled(self.cri_cl.compare)
+            self.cri_cl.compare = self.run.compiled(self.cri_cl.compare, 'contrastive distance')
         if self.cri_mclir is not None:
             self.cri_mclir.run = partial(self.run, 'encoder')
         if self.cri_csd is not None and not ('encoder' in self.run.amp and self.run.dtype == torch.float16):

@@ -1,6 +1,7 @@
 """A student and a frozen teacher: building, the training step, saving. Methods differ in ``terms()`` alone."""
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from basicsr.archs import build_network
@@ -133,24 +134,59 @@ class KDModel(SRModel):
         return terms
 
     def optimize_parameters(self, current_iter):
-        self.run.begin_step()
+        compiler = self.run.begin_step(any(self.measures(current_iter)))
         self.optimizer_g.zero_grad()
         self.mix(current_iter)
-        terms = self.terms(current_iter)
-        pulls = self.pulls(terms)
-        self.measure(pulls, current_iter)
-        self.steps.scaled(sum(pulls.values())).backward()
+        work = partial(self.backward, current_iter)
+        terms = work() if compiler is None else compiler.backward(work, self.keep)
         self.optimizer_g.step()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         self.log_dict = self.reduce_loss_dict(terms)
 
+    def backward(self, current_iter):
+        """The losses of this micro-batch, and their gradient added to the student's; returns the losses."""
+        terms = self.terms(current_iter)
+        pulls = self.pulls(terms)
+        self.measure(pulls, current_iter)
+        self.steps.scaled(sum(pulls.values())).backward()
+        return terms
+
+    def keep(self):
+        """Note what `backward` changes; returns a function that sets it back, as often as it is called."""
+        parameters, buffers = list(self.net_g.parameters()), list(self.net_g.buffers())
+        gradients = [None] * len(parameters)
+        if self.steps.micro > 0:  # of the micro-batches before
+            gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        values = [buffer.clone() for buffer in buffers]
+        losses = [loss for name, loss in vars(self).items() if name.startswith('cri_') and loss is not None]
+        counts, found = [dict(vars(loss)) for loss in losses], list(self.watch.found)
+        kinds = ['cpu'] if self.device.type == 'cpu' else ['cpu', self.device.type]
+        states = [torch.get_rng_state() if kind == 'cpu' else getattr(torch, kind).get_rng_state() for kind in kinds]
+
+        def undo():
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = None if gradient is None else gradient.clone()
+                for buffer, value in zip(buffers, values):
+                    buffer.copy_(value)
+            for loss, before in zip(losses, counts):
+                vars(loss).update(before)
+            self.watch.found = list(found)
+            for kind, state in zip(kinds, states):
+                (torch if kind == 'cpu' else getattr(torch, kind)).set_rng_state(state)
+
+        return undo
+
+    def measures(self, current_iter):
+        """Whether this micro-batch's gradients are compared: for a log line that asks for it, and for `watch`."""
+        asked = bool(self.gradients_freq) and current_iter % self.gradients_freq == 0
+        return asked and self.steps.due, self.steps.due and self.watch.wants(current_iter)
+
     def measure(self, pulls, current_iter):
         """Each loss's gradient beside the first one's: where `watch` wants it, and at the log lines that ask for it."""
-        asked = self.gradients_freq and current_iter % self.gradients_freq == 0
-        # The graphs of these modes keep a gradient only until the next backward pass.
-        watched = self.watch.wants(current_iter) and self.run.compile_mode in (None, 'default')
-        if not self.steps.due or not (asked or watched):
+        asked, watched = self.measures(current_iter)
+        if not (asked or watched):
             return
         try:
             found = gradients.against_first(pulls, self.net_g.parameters(), self.steps.scaled)
