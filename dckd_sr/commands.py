@@ -85,6 +85,15 @@ def doctor_parser():
     add('-opt', '--opt', metavar='FILE', help='option file of a training or a test, or the name of a shipped one')
     add('--force_yml', nargs='+', metavar='A:B=VALUE', help='set keys of the file; values are YAML')
     add('--json', metavar='FILE', help='write the findings there; - prints them in place of the text')
+    add('--gpu', action='store_true', help='prove that everything works on this GPU, in less than 8 minutes')
+    add(
+        '--device',
+        choices=['cuda', 'cpu'],
+        help='of --gpu; cpu tries the proof itself, at reduced size, in many minutes',
+    )
+    add('--small', action='store_true', help='of --gpu: at reduced size')
+    add('--only', nargs='+', metavar='PART', help='of --gpu: these parts, by the beginning of their names')
+    add('--worker', metavar='FILE', help=argparse.SUPPRESS)  # a process that --gpu starts
     return result
 
 

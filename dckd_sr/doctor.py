@@ -2,6 +2,7 @@
 
     python -m dckd_sr.doctor                   versions, devices, and how fast a convolution is in each precision
     python -m dckd_sr.doctor -opt FILE         also what a training or a test of this file would stop at, and its room
+    python -m dckd_sr.doctor --gpu             also a proof, in less than 8 minutes, that all works on this GPU
 
 Nothing is written but the file of --json.
 """
@@ -9,6 +10,7 @@ Nothing is written but the file of --json.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -34,7 +36,20 @@ from basicsr.archs import build_network
 from basicsr.utils import set_random_seed
 from torch import nn
 
-from dckd_sr import benchmark, checkpoint, complexity, logs, option_files, options, precision, step_parts, test, train
+from dckd_sr import (
+    benchmark,
+    checkpoint,
+    complexity,
+    devices,
+    gpu_proof,
+    logs,
+    option_files,
+    options,
+    precision,
+    step_parts,
+    test,
+    train,
+)
 from dckd_sr.commands import doctor_parser
 from dckd_sr.data import build_train_loader, build_val_loader
 from dckd_sr.errors import SeveralErrors, UserError, entry_point, reason
@@ -50,19 +65,49 @@ def main(argv=None):
     """Command line entry point.
 
     Returns:
-        exit code: 0 nothing is missing, 1 something is, 2 a mistake in the arguments (one message, no traceback).
+        exit code: 0 nothing is missing and all of the proof holds, 1 something does not, 2 a mistake in the arguments
+        (one message, no traceback).
     """
     args = doctor_parser().parse_args(argv)
     if args.force_yml and not args.opt:
         raise UserError('--force_yml sets keys of an option file: -opt is missing')
+    for key in ('device', 'small', 'only'):
+        if getattr(args, key) and not args.gpu:
+            raise UserError(f'--{key} is of the proof: --gpu is missing')
     benchmark.check_json(args.json, args.opt)
+    device = proof_device(args.device) if args.gpu else None
+    small = args.small or device == 'cpu'
+    if args.worker:
+        return gpu_proof.work(args.only, device, small, args.worker)
+    if args.gpu:
+        gpu_proof.names_of(args.only)
     if args.opt:
         _read(args.opt, args.force_yml)  # before seconds are spent
-    result = {'command': 'doctor', 'versions': versions(), 'machine': machine()}
-    result['file'] = look_at(args.opt, args.force_yml or (), result['machine']) if args.opt else None
+    result = {'command': 'doctor', 'versions': versions(), 'machine': machine(), 'file': None, 'proof': None}
+    if args.opt:
+        result['file'] = look_at(args.opt, args.force_yml or (), result['machine'])
+    if args.gpu:
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        result['proof'] = gpu_proof.prove(device, small, args.only, tell)
     result['advice'] = advice(result['machine'], result['file'])
-    benchmark.write(result, text(result), args.json)
-    return 1 if result['file'] and result['file']['problems'] else 0
+    page = text(result)
+    if args.gpu:
+        page += '\n\n' + gpu_proof.table(result['proof'], device, small)
+    benchmark.write(result, page, args.json)
+    lacking = result['file'] is not None and bool(result['file']['problems'])
+    return int(lacking or not all(row['ok'] for row in result['proof'] or ()))
+
+
+def proof_device(name):
+    """The device of --gpu.
+
+    Raises:
+        UserError: there is no GPU, and the CPU was not asked for.
+    """
+    if name != 'cpu' and not torch.cuda.is_available():
+        why = gpu_problem() or 'there is none here'
+        raise UserError(f'--gpu: {why}; --device cpu tries the proof itself, at reduced size')
+    return name or 'cuda'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,27 +234,31 @@ def gpu_problem():
 
 def other_devices():
     """Names of torch's devices beside CPU and CUDA that are there."""
-    names = {'mps': torch.backends.mps.is_available(), 'xpu': hasattr(torch, 'xpu') and torch.xpu.is_available()}
-    return [name for name, there in names.items() if there]
+    return [kind for kind in devices.available() if kind not in ('cpu', 'cuda')]
 
 
 def convolution(device):
     """Seconds of one 3x3 convolution of 128 channels, forward, in each precision that a training can have.
+
+    On a CPU by one thread: several wait for each other where other work is done beside them.
 
     Returns:
         dict: float32, bfloat16, float16 and, on CUDA, tf32 -> seconds, or why it does not run.
     """
     on_gpu, found = device.type == 'cuda', {}
     net = nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
-    x = torch.rand(16 if on_gpu else 1, 128, 96, 96, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(64 if on_gpu else 1, 128, 48, 48, device=device).contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for name in ('float32', *(['tf32'] if on_gpu else []), 'bfloat16', 'float16'):
         half = getattr(torch, name) if name.endswith('16') else None
         try:
             autocast = torch.autocast(device.type, half, enabled=half is not None)
             with torch.no_grad(), precision.tf32_as(name == 'tf32'), autocast:
-                found[name] = step_parts.fastest(lambda: net(x), device, 5)
+                found[name] = step_parts.fastest(lambda: net(x), device, 30)
         except RuntimeError as error:
             found[name] = reason(error)
+    torch.set_num_threads(threads)
     return found
 
 
@@ -393,7 +442,7 @@ def compiles(device, mode):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1)).to(device)
     out = torch.compile(net, mode=mode or 'default', dynamic=False)(torch.rand(1, 3, 16, 16, device=device))
     out.square().mean().backward()
-    step_parts.wait(torch.device(device))
+    devices.wait(torch.device(device))
     return time.perf_counter() - begin
 
 
@@ -430,7 +479,13 @@ def advice(facts, file=None):
     elif not on_gpu:
         found.append(
             'bfloat16 '
-            + (f'takes {1 / gain:.1f} times as long as float32 here' if gain else 'does not run here')
+            + (
+                'does not run here'
+                if not gain
+                else 'is no faster than float32 here'
+                if gain >= SLOWER
+                else f'takes {1 / gain:.1f} times as long as float32 here'
+            )
             + ': leave use_amp out.'
         )
     if gains['tf32'] and gains['tf32'] >= FASTER:
@@ -493,7 +548,7 @@ def text(result):
     for name, value in times.items():
         gain = '' if name == 'float32' or ratio(times, name) is None else f' ({ratio(times, name):.1f} times as fast)'
         told.append(f'{name} {value * 1e3:.2f} ms{gain}' if isinstance(value, float) else f'{name} {value}')
-    rows.append((f'convolution, {facts["device"]}', ', '.join(told)))
+    rows.append((f'convolution, {"one core" if facts["device"] == "cpu" else facts["device"]}', ', '.join(told)))
     section('This machine', table(rows))
     file = result['file']
     if file:

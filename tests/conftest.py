@@ -17,6 +17,16 @@ with contextlib.suppress(UserError):  # no compiler: the tests that need one say
     fake_gpu.load()  # before the first backward pass
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'cuda: needs a GPU of CUDA or ROCm; skipped where torch finds none')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items if not torch.cuda.is_available() else ():
+        if item.get_closest_marker('cuda'):
+            item.add_marker(pytest.mark.skip(reason='no GPU here'))
+
+
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path, monkeypatch):
     """Every test starts from the same generator state and stands in an empty folder."""

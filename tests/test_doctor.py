@@ -202,6 +202,7 @@ GPU = {'name': 'G', 'bf16': True, 'tf32': True}
             {'convolution': {**SECONDS, 'bfloat16': 0.15}},
             'bfloat16 takes 15.0 times as long as float32 here: leave use_amp',
         ),
+        ({'convolution': {**SECONDS, 'bfloat16': 0.01}}, 'bfloat16 is no faster than float32 here: leave use_amp'),
         ({'convolution': {**SECONDS, 'bfloat16': 'no such kernel'}}, 'bfloat16 does not run here'),
         (
             {'gpu_problem': 'there is a GPU, and this torch is built for CPUs'},
