@@ -245,17 +245,16 @@ def convolution(device):
     Returns:
         dict: float32, bfloat16, float16 and, on CUDA, tf32 -> seconds, or why it does not run.
     """
-    on_gpu, found = device.type == 'cuda', {}
-    net = nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
-    x = torch.rand(64 if on_gpu else 1, 128, 48, 48, device=device).contiguous(memory_format=torch.channels_last)
-    threads = torch.get_num_threads()
+    on_gpu, found, threads = device.type == 'cuda', {}, torch.get_num_threads()
     torch.set_num_threads(1)
     for name in ('float32', *(['tf32'] if on_gpu else []), 'bfloat16', 'float16'):
         half = getattr(torch, name) if name.endswith('16') else None
         try:
+            net = nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
+            x = torch.rand(64 if on_gpu else 1, 128, 48, 48, device=device).to(memory_format=torch.channels_last)
             autocast = torch.autocast(device.type, half, enabled=half is not None)
             with torch.no_grad(), precision.tf32_as(name == 'tf32'), autocast:
-                found[name] = step_parts.fastest(lambda: net(x), device, 30)
+                found[name] = step_parts.fastest(lambda net=net, x=x: net(x), device, 30)
         except RuntimeError as error:
             found[name] = reason(error)
     torch.set_num_threads(threads)
@@ -463,6 +462,8 @@ def advice(facts, file=None):
     for gpu in facts['gpus']:
         if 'problem' in gpu:
             found.append(f'{gpu["name"]}: {gpu["problem"]}; install a torch that fits it, as pytorch.org says.')
+    if not isinstance(times['float32'], float):
+        found.append(f'The {"GPU" if on_gpu else "CPU"} does not compute: {times["float32"]}')
     gains = {name: ratio(times, name) for name in ('bfloat16', 'float16', 'tf32')}
     with_amx = ' (this processor has AMX)' if 'AMX bf16' in facts['instructions'] and not on_gpu else ''
     gain = gains['bfloat16']

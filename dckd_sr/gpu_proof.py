@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,13 +66,16 @@ def prove(
     """
     pending, rows = names_of(only), []
     deadline = time.monotonic() + TOTAL if device == 'cuda' and not small else float('inf')
-    with tempfile.TemporaryDirectory(prefix='dckd_doctor_', ignore_cleanup_errors=True) as folder:
+    folder = Path(tempfile.mkdtemp(prefix='dckd_doctor_'))
+    try:
         while pending:
             group = list(takewhile(lambda name: PARTS[name].group == PARTS[pending[0]].group, pending))
-            for row in _in_a_process(group, device, small, Path(folder, str(len(rows))), deadline):
+            for row in _in_a_process(group, device, small, folder / str(len(rows)), deadline):
                 rows.append(row)
                 pending.remove(row['name'])
                 tell(line(row))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return rows
 
 

@@ -234,6 +234,16 @@ def test_a_gpu(gpu, monkeypatch):
     assert doctor.gpu_problem() is None
 
 
+def test_a_device_that_does_not_compute(capsys, monkeypatch):
+    def broken(*words, **more):
+        raise RuntimeError('CUDA error: no kernel image is available\nmore')
+
+    monkeypatch.setattr(doctor.step_parts, 'fastest', broken)
+    code, out, _ = run(capsys)
+    assert code == 0 and 'The CPU does not compute: CUDA error: no kernel image is available' in out
+    assert 'float32 CUDA error' in out
+
+
 def test_why_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.version, 'cuda', None)

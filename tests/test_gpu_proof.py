@@ -74,7 +74,7 @@ def test_inference_on_the_cpu(cpu, monkeypatch):
     assert figures['student_ms'] > 0 and figures['teacher_peak_gb'] > 0
 
 
-@pytest.mark.parametrize('name', ['compile-default', 'compile-graphs', 'compile-graphs-accumulated'])
+@pytest.mark.parametrize('name', ['compile-default', 'compile-graphs-accumulated'])
 def test_compilation(name, cpu, monkeypatch):
     """Without the minutes that compiling takes: what is compiled is counted."""
     calls = []
