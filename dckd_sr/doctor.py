@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -246,15 +247,17 @@ def convolution(device):
         dict: float32, bfloat16, float16 and, on CUDA, tf32 -> seconds, or why it does not run.
     """
     on_gpu, found, threads = device.type == 'cuda', {}, torch.get_num_threads()
+    names = ('float32', *(['tf32'] if on_gpu else []), 'bfloat16', 'float16')
     torch.set_num_threads(1)
-    for name in ('float32', *(['tf32'] if on_gpu else []), 'bfloat16', 'float16'):
+    for name in 3 * names:  # in turn: what else the machine does hits all of them
         half = getattr(torch, name) if name.endswith('16') else None
         try:
             net = nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
             x = torch.rand(64 if on_gpu else 1, 128, 48, 48, device=device).to(memory_format=torch.channels_last)
             autocast = torch.autocast(device.type, half, enabled=half is not None)
             with torch.no_grad(), precision.tf32_as(name == 'tf32'), autocast:
-                found[name] = step_parts.fastest(lambda net=net, x=x: net(x), device, 30)
+                seconds = step_parts.fastest(lambda net=net, x=x: net(x), device)
+            found[name] = min(found.get(name, seconds), seconds)
         except RuntimeError as error:
             found[name] = reason(error)
     torch.set_num_threads(threads)
@@ -302,7 +305,14 @@ def look_at(path, overrides, facts):
     logs.start()
     logger, lines = logging.getLogger('basicsr'), _Lines()
     logger.handlers[:] = [lines]
-    found = {'option_file': str(path), 'is_train': is_train, 'checked': [], 'problems': [], 'checkpoints': None}
+    found = {
+        'option_file': str(path),
+        'overrides': list(overrides),
+        'is_train': is_train,
+        'checked': [],
+        'problems': [],
+        'checkpoints': None,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch's, about BasicSR's networks
         opt = _tried(found, 'options', lambda: options.load(path, overrides, is_train))
@@ -511,7 +521,8 @@ def advice(facts, file=None):
         found.append('python -m dckd_sr.doctor -opt FILE says what an option file lacks here.')
     elif not file['problems']:
         verb = 'train' if file['is_train'] else 'test'
-        found.append(f'Nothing is missing: python -m dckd_sr.{verb} -opt {file["option_file"]}')
+        words = ['-opt', file['option_file'], *(['--force_yml', *file['overrides']] if file['overrides'] else [])]
+        found.append(f'Nothing is missing: python -m dckd_sr.{verb} {shlex.join(words)}')
     return found
 
 

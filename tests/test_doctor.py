@@ -62,6 +62,8 @@ def test_nothing_is_missing_and_nothing_is_written(known, capsys):
     assert 'first look' in out and 'First look, PSNR of 0.png: bicubic ' in out
     assert 'python -m dckd_sr.train -opt opt.yml' in out
     assert sorted(map(str, Path('.').rglob('*'))) == before
+    _, out, _ = run(capsys, '-opt', file, '--force_yml', 'train:step=[3, 4]')
+    assert "python -m dckd_sr.train -opt opt.yml --force_yml 'train:step=[3, 4]'" in out
 
 
 def test_a_training_agrees(known, capsys):
