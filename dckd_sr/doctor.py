@@ -84,12 +84,13 @@ def main(argv=None):
         gpu_proof.names_of(args.only)
     if args.opt:
         _read(args.opt, args.force_yml)  # before seconds are spent
-    result = {'command': 'doctor', 'versions': versions(), 'machine': machine(), 'file': None, 'proof': None}
+    proof = None
+    if args.gpu:  # before this process holds the GPU, which some machines give to one process at a time
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        proof = gpu_proof.prove(device, small, args.only, tell)
+    result = {'command': 'doctor', 'versions': versions(), 'machine': machine(), 'file': None, 'proof': proof}
     if args.opt:
         result['file'] = look_at(args.opt, args.force_yml or (), result['machine'])
-    if args.gpu:
-        tell = functools.partial(print, file=sys.stderr, flush=True)
-        result['proof'] = gpu_proof.prove(device, small, args.only, tell)
     result['advice'] = advice(result['machine'], result['file'])
     page = text(result)
     if args.gpu:

@@ -245,9 +245,13 @@ class Warnings(logging.Handler):
 
 
 def clean(device: torch.device) -> None:
-    """After a part: what it held goes, and so do graphs that it compiled."""
+    """After a part: what it held goes.
+
+    Raises:
+        RuntimeError: the GPU does not answer any more.
+    """
     gc.collect()
-    if device.type == 'cuda':
+    if device.type == 'cuda' and torch.cuda.is_initialized():  # else its processes had the GPU, not this one
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
