@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -67,6 +68,10 @@ def prove(
     pending, rows = names_of(only), []
     deadline = time.monotonic() + TOTAL if device == 'cuda' and not small else float('inf')
     folder = Path(tempfile.mkdtemp(prefix='dckd_doctor_'))
+    former = signal.getsignal(signal.SIGTERM)
+    alone = threading.current_thread() is threading.main_thread()
+    if alone:  # its processes end with it
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         while pending:
             group = list(takewhile(lambda name: PARTS[name].group == PARTS[pending[0]].group, pending))
@@ -75,6 +80,8 @@ def prove(
                 pending.remove(row['name'])
                 tell(line(row))
     finally:
+        if alone:
+            signal.signal(signal.SIGTERM, former)
         shutil.rmtree(folder, ignore_errors=True)
     return rows
 

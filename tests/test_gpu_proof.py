@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +250,17 @@ def test_when_the_time_is_over(parts, monkeypatch):
     monkeypatch.setattr(gpu_proof, 'TOTAL', 1.5)
     rows = gpu_proof.prove('cuda', tell=lambda line: None)
     assert told(rows)['a'] is True and 'the 1.5 s are over' in told(rows)['c']
+
+
+def test_its_processes_end_with_it(parts, monkeypatch):
+    parts(a='x', hangs='x')
+    ended, end = [], gpu_proof._end
+    monkeypatch.setattr(gpu_proof, '_end', lambda process: ended.append((end(process), process.returncode)))
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        gpu_proof.prove('cpu', True, tell=lambda line: os.kill(os.getpid(), signal.SIGTERM))
+    assert stop.value.code == 143 and ended == [(None, -signal.SIGKILL)]
+    assert signal.getsignal(signal.SIGTERM) == former
 
 
 def test_inside_of_a_process(monkeypatch, tmp_path):
