@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,6 +112,7 @@ def _parser():
     add('--batch', type=int, metavar='N', help="images of a batch; default: the file's batch_size_per_gpu")
     add('--pairs', type=int, default=5, metavar='N', help='steps timed in turn with the released order; 0: without it')
     add('--data', action='store_true', help="feed the file's own data; 'data' is then the wait for its loader")
+    add('--memory', action='store_true', help='predict what a GPU needs to hold, in place of timing; takes no GPU')
     add = command('infer', _infer, 'latency, throughput and cost of student and teacher')
     add('--batch', type=int, default=1, metavar='N', help='images of a batch, for the throughput; default 1')
     return parser
@@ -204,6 +206,12 @@ def _step(args):
         raise UserError(f'--batch {args.batch}: expected at least 1')
     if args.pairs != 0 and args.pairs < _LEAST_PAIRS:
         raise UserError(f'--pairs {args.pairs}: expected at least {_LEAST_PAIRS}, or 0 for none')
+    if args.memory:
+        from dckd_sr import step_memory  # it is for this alone
+
+        result = step_memory.run(args.opt, args.batch, tuple(args.force_yml or ()), args.json != '-')
+        write(result, step_memory.table(result), args.json)
+        return 0
     result = step(args.opt, args.batch, args.device, args.pairs, args.force_yml, args.data)
     write(result, step_table(result), args.json)
     return 1 if result['refused'] else 0
@@ -322,12 +330,13 @@ def batch_of(opt):
         raise UserError('datasets.train.gt_size: missing; the images of the benchmark are of this size')
     draw, batch = generator('cpu', opt['manual_seed'], 'benchmark'), {}
     for name, end, side in (('lq', 'input', data['gt_size'] // scale), ('gt', 'output', data['gt_size'])):
-        images = torch.rand(data['batch_size_per_gpu'], _channels(opt, end), side, side, generator=draw)
+        images = torch.rand(data['batch_size_per_gpu'], channels(opt, end), side, side, generator=draw)
         batch[name] = images.pin_memory() if opt['num_gpu'] else images
     return batch
 
 
-def _channels(opt, end):
+def channels(opt: dict[str, Any], end: str) -> int:
+    """Of the student's images at an end, 'input' or 'output'."""
     cls = ARCH_REGISTRY.get(opt['network_g']['type'])
     return option_checks.argument(cls, opt['network_g'], option_keys.CHANNEL_KEYS[end])[1] or 3
 
@@ -482,7 +491,7 @@ def infer(path, batch_size=1, device=None, overrides=()):
     _set_up(opt)
     device = torch.device('cuda' if opt['num_gpu'] else 'cpu')
     run = Speed(opt, device)
-    shape, repeats = complexity.paper_shape(opt['scale'], _channels(opt, 'input')), 10 if opt['num_gpu'] else 3
+    shape, repeats = complexity.paper_shape(opt['scale'], channels(opt, 'input')), 10 if opt['num_gpu'] else 3
     networks = {}
     for role, key in (('student', 'network_g'), ('teacher', 'network_t')):
         if opt.get(key) is None:
