@@ -4,7 +4,6 @@ basicsr/utils/logger.py:166 fixes the handlers at the first call of get_root_log
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import logging.handlers
@@ -127,12 +126,14 @@ def read_metrics(path):
 
 def versions():
     """Package -> version, of what a training's numbers depend on."""
+    import dckd_sr  # which imports this module
+
     return {
         'Python': platform.python_version(),
         'PyTorch': torch.__version__,
         'TorchVision': torchvision.__version__,
         'BasicSR': basicsr.__version__,
-        'dckd_sr': importlib.import_module('dckd_sr').__version__,
+        'dckd_sr': dckd_sr.__version__,
     }
 
 

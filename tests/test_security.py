@@ -93,6 +93,21 @@ EXCEPTIONS = {
     ('processes.py', 'torch.distributed.broadcast_object_list'): "pickles, between one run's own ranks",
     ('checkpoint.py', 'torch.distributed.all_gather_object'): "pickles, between one run's own ranks",
     ('evaluation.py', 'torch.distributed.all_gather_object'): "pickles, between one run's own ranks",
+    ('processes.py', 'torch.distributed.all_gather_object'): "pickles, between one run's own ranks",
+    ('doctor.py', 'importlib.metadata'): 'versions of packages, by fixed names',
+    ('doctor.py', 'importlib.metadata.version'): 'the same',
+    ('doctor.py', 'importlib.util.find_spec'): 'looks for wandb and tensorboard and runs nothing',
+    ('fake_gpu.py', 'subprocess.run'): "the compiler on this package's own fake_gpu.cpp: a list of words, no shell",
+    ('fake_gpu.py', 'ctypes'): 'the library that this made, in a folder of its own',
+    ('fake_gpu.py', 'ctypes.CDLL'): 'the same',
+    ('gpu_proof.py', 'subprocess.Popen'): 'this Python with -m dckd_sr.doctor: a list of words, no shell',
+    ('gpu_proof.py', 'subprocess.DEVNULL'): 'the same',
+    ('gpu_proof.py', 'subprocess.STDOUT'): 'the same',
+    ('gpu_parts.py', 'subprocess.run'): 'this Python with -m dckd_sr.train or torchrun: a list of words, no shell',
+    ('gpu_parts.py', 'subprocess.Popen'): 'the same',
+    ('gpu_parts.py', 'subprocess.PIPE'): 'the same',
+    ('gpu_parts.py', 'subprocess.DEVNULL'): 'the same',
+    ('gpu_parts.py', 'subprocess.STDOUT'): 'the same',
 }
 
 
