@@ -9,6 +9,7 @@ Neither data nor weights are needed: batches come from a seed, and weights that 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -32,6 +33,7 @@ from torch import nn
 
 from dckd_sr import (
     complexity,
+    devices,
     logs,
     option_checks,
     option_files,
@@ -143,11 +145,14 @@ def load(path, overrides=(), device=None, keep_data=False, networks_only=False):
         raise UserError('--device cuda: there is no GPU here')
     file, report = option_files.read(path), option_checks.Report()
     raw = file.options
-    raw.pop('device', None)  # --device says it
     option_files.apply_overrides(raw, overrides)
     option_checks.resolve_zoo(report, raw)
-    _without_files(raw, keep_data)
     is_train = not networks_only or raw.get('train') is not None
+    if is_train and not keep_data:
+        _check_data(raw, report)
+    if raw.get('device') in devices.KINDS:
+        del raw['device']  # --device says it
+    _without_files(raw, keep_data)
     if not is_train:
         raw['datasets'] = {'test_1': _DATA}
     opt = options.resolve(raw, is_train, report)
@@ -157,6 +162,16 @@ def load(path, overrides=(), device=None, keep_data=False, networks_only=False):
     if is_train:
         opt['train']['accum_iter'] = 1
     return opt
+
+
+def _check_data(raw, report):
+    """What is wrong with the training data's keys, which go before the rest is checked, but for files."""
+    whole = option_checks.Report()
+    options.resolve(copy.deepcopy(raw), True, whole)
+    sizes = r'scale\b|datasets\.train\.(batch_size_per_gpu|gt_sizes?|mini_batch_sizes|iters)\b'
+    for problem in whole.problems:
+        if re.match(sizes, problem) or (problem.startswith('datasets.train.') and 'unknown key' in problem):
+            report.problems.append(problem)
 
 
 def _without_files(raw, keep_data):
@@ -206,6 +221,8 @@ def _step(args):
         raise UserError(f'--batch {args.batch}: expected at least 1')
     if args.pairs != 0 and args.pairs < _LEAST_PAIRS:
         raise UserError(f'--pairs {args.pairs}: expected at least {_LEAST_PAIRS}, or 0 for none')
+    if args.memory and (args.device or args.data):
+        raise UserError('--memory is for a GPU that is not there: leave --device and --data out')
     if args.memory:
         from dckd_sr import step_memory  # it is for this alone
 
@@ -316,7 +333,9 @@ def build(opt):
     model = train.build(opt)
     logger.setLevel(logging.WARNING)
     if not isinstance(model, KDModel):
-        raise UserError(f'{opt["model_type"]} has no parts to time; KDModel, DCKDModel and models made of them have')
+        raise UserError(
+            f'{opt["model_type"]} is not known to the benchmark; it takes KDModel, DCKDModel and models made of them'
+        )
     history = getattr(model, 'net_his', None)
     for parameter in history.parameters() if history is not None else ():
         parameter.data.mul_(0.9)

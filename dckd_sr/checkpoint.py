@@ -24,6 +24,7 @@ from safetensors.torch import save as to_safetensors
 
 from dckd_sr import devices, restricted_pickle
 from dckd_sr.errors import UserError, looked_in, reason
+from dckd_sr.ops.stepping import complete
 
 # What is in a training state, and in its 'dckd_sr' what may be.
 _ENTRIES = {'epoch': int, 'iter': int, 'optimizers': list, 'schedulers': list}
@@ -665,6 +666,7 @@ def _replay(model, settings):
     for optimizer, groups in zip(model.optimizers, settings[0]):
         for group, values in zip(optimizer.param_groups, groups):
             group.update(values)
+        complete(optimizer)
     for scheduler, fresh, count in zip(model.schedulers, settings[1], steps):
         scheduler.load_state_dict(fresh)
         with warnings.catch_warnings():

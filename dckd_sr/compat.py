@@ -232,8 +232,11 @@ def hold_constants(net):
 
 
 def repair_devices():
-    """base_model.py:18 and :97 assume CUDA: without it `num_gpu: 1` crashes, and so does DistributedDataParallel."""
+    """base_model.py:18 and :97 assume CUDA: without it `num_gpu: 1` crashes, and so does DistributedDataParallel;
+    sr_model.py:88 waits for the GPU in every step.
+    """
     from basicsr.models.base_model import BaseModel
+    from basicsr.models.sr_model import SRModel
     from torch.nn.parallel import DistributedDataParallel
 
     from dckd_sr import devices
@@ -257,8 +260,14 @@ def repair_devices():
             net = DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
         return net
 
+    def feed_data(self, data):
+        for name in ('lq', 'gt'):
+            if name in data:
+                setattr(self, name, data[name].to(self.device, non_blocking=True))
+
     BaseModel.__init__ = __init__
     BaseModel.model_to_device = model_to_device
+    SRModel.feed_data = feed_data
 
 
 def repair_optimizers():

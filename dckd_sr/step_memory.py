@@ -85,9 +85,11 @@ def stages(data: dict[str, Any]) -> tuple[int, int]:
     """(batch, gt_size) of the stage of a progressive schedule with the most pixels; of other files, theirs."""
     batch, side = data.get('batch_size_per_gpu') or 1, data.get('gt_size')
     batches, sides = data.get('mini_batch_sizes') or [batch], data.get('gt_sizes') or [side]
-    length = max(len(batches), len(sides))
-    pairs = zip(batches * length if len(batches) == 1 else batches, sides * length if len(sides) == 1 else sides)
-    return max(pairs, key=lambda pair: pair[0] * (pair[1] or 0) ** 2)
+    if len(batches) == 1:
+        batches = batches * len(sides)
+    if len(sides) == 1:
+        sides = sides * len(batches)
+    return max(zip(batches, sides), key=lambda pair: pair[0] * (pair[1] or 0) ** 2)
 
 
 def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -104,14 +106,12 @@ def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...]
     Raises:
         UserError: mistakes in options, or a network that cannot run on tensors without values.
     """
-    file = option_files.read(path)
-    option_files.apply_overrides(file.options, overrides)
-    data = (file.options.get('datasets') or {}).get('train') or {}
-    accum_iter = (file.options.get('train') or {}).get('accum_iter') or 1
     logging.disable(logging.WARNING)
     try:
         with fake_gpu.fake_gpu(), fake_gpu.Waits(), Living() as living:
             opt = benchmark.load(path, overrides)
+            raw = _options(path, overrides)
+            data, accum_iter = raw['datasets']['train'], raw['train'].get('accum_iter') or 1
             batch, side = stages({**data, **opt['datasets']['train'], **_given(data)})
             if side is None:
                 raise UserError('datasets.train.gt_size: missing; the images of a step are of this size')
@@ -124,7 +124,7 @@ def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...]
             def step(iteration):
                 for micro in sorted({0, accum_iter - 1}):
                     model.steps.begin(iteration, micro)
-                    model.feed_data(_batch(opt, batch, side))
+                    model.feed_data(_batch(opt, batch, side, data.get('teacher_cache')))
                     model.optimize_parameters(iteration)
                 for name in ('lq', 'gt', 'output', 'cached_teacher'):
                     vars(model).pop(name, None)
@@ -159,8 +159,16 @@ def _given(data):
     return {key: data[key] for key in ('mini_batch_sizes', 'gt_sizes') if data.get(key)}
 
 
-def _batch(opt, batch, side):
+def _options(path, overrides):
+    """The file's options as they are written."""
+    file = option_files.read(path)
+    option_files.apply_overrides(file.options, overrides)
+    return file.options
+
+
+def _batch(opt, batch, side, cached):
     shapes = {'lq': ('input', side // opt['scale']), 'gt': ('output', side)}
+    shapes.update({'teacher': ('output', side)} if cached else {})
     return {key: torch.rand(batch, benchmark.channels(opt, end), n, n) for key, (end, n) in shapes.items()}
 
 
@@ -189,7 +197,7 @@ def variants(path: str, batch_size: int | None = None, overrides: tuple[str, ...
     """
     first = predict(path, batch_size, overrides)
     yield (), first
-    train = option_files.read(path).options.get('train') or {}
+    train = _options(path, overrides)['train']
     savings = [saving for saving in SAVINGS if train.get('cl_opt') or 'negatives' not in saving[0]]
     for saving in savings:
         yield saving, predict(path, batch_size, (*overrides, *saving))

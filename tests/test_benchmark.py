@@ -392,7 +392,7 @@ def test_a_teacher_that_only_its_file_describes_must_be_there():
         (['step', '-opt', 'train_swinir_x4', '--batch', '0'], '--batch 0: expected at least 1'),
         (['infer', '-opt', 'train_swinir_x4', '--batch', '-1'], '--batch -1: expected at least 1'),
         (['step', '-opt', 'train_swinir_x4', '--pairs', '3'], '--pairs 3: expected at least 5, or 0'),
-        (['step', '-opt', 'demo/scratch', '--device', 'cpu'], 'SRModel has no parts to time'),
+        (['step', '-opt', 'demo/scratch', '--device', 'cpu'], 'SRModel is not known to the benchmark'),
         (['step', '-opt', 'train_edsr_x4', '--force_yml', 'datasets:train:gt_size=~'], 'gt_size'),
         (
             ['step', '-opt', 'train_edsr_x4', '--json', 'nowhere/figures.json'],

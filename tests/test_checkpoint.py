@@ -438,6 +438,34 @@ def test_states_go_on_with_other_kernels_and_memory_formats(name, options, saved
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('name', 'before', 'after'),
+    [
+        ('Adam', {}, {'amsgrad': True}),
+        ('RMSprop', {}, {'centered': True, 'momentum': 0.9}),
+        ('SGD', {}, {'momentum': 0.9}),
+        ('Adam', {'amsgrad': True}, {}),
+    ],
+)
+def test_settings_that_ask_for_other_averages_begin_them(name, before, after):
+    """New settings count when a run goes on; averages that the state does not have start at zero."""
+    net, batches = nn.Conv2d(3, 2, 3), torch.rand(3, 2, 3, 8, 8)
+    cls = getattr(torch.optim, name)
+    state = stepped(net, cls, batches[:1], **before).state_dict()
+    optimizer = Stepping().attach(cls(net.parameters(), 0.01, **after))
+    model = types.SimpleNamespace(optimizers=[optimizer], schedulers=[])
+    rates = checkpoint._settings(model)
+    optimizer.load_state_dict(state)
+    kept = {key: value.clone() for key, value in optimizer.state[net.weight].items() if value is not None}
+    checkpoint._replay(model, rates)
+    for key, value in kept.items():
+        assert torch.equal(optimizer.state[net.weight][key], value)
+    weight = net.weight.detach().clone()
+    net(batches[1]).square().mean().backward()
+    optimizer.step()
+    assert net.weight.isfinite().all() and not torch.equal(net.weight, weight)
+
+
 @pytest.mark.parametrize('new_rates', [False, True])
 @pytest.mark.parametrize('name', ['Adam', 'RMSprop', 'SGD'])
 @pytest.mark.parametrize('lacking', [(), BEFORE_FUSED])

@@ -309,3 +309,19 @@ def test_what_is_learned_or_made_anew_is_no_constant():
     assert [name for name, _ in layer.named_buffers()] == ['scale'] and 'weight' in vars(layer)
     layer(torch.rand(1, 3, 2, 2)).sum().backward()
     assert layer.weight_v.grad is not None and 'scale' not in layer.state_dict()
+
+
+def test_basicsrs_own_models_do_not_wait_for_their_batch(gpu):
+    from basicsr.models import build_model
+
+    opt = {'model_type': 'SRModel', 'scale': 2, 'num_gpu': 1, 'is_train': True, 'dist': False, 'path': {}}
+    opt['network_g'] = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+    opt['train'] = {'optim_g': {'type': 'Adam', 'lr': 1e-3}, 'pixel_opt': {'type': 'L1Loss'}}
+    opt['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [10], 'gamma': 0.5}
+    model = build_model(opt)
+    for iteration in (1, 2):
+        gpu.found.clear()
+        model.steps.begin(iteration)
+        model.feed_data({'lq': torch.rand(2, 3, 8, 8), 'gt': torch.rand(2, 3, 16, 16)})
+        model.optimize_parameters(iteration)
+    assert not gpu.found and model.lq.device.type == model.gt.device.type == 'cuda'

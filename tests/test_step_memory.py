@@ -131,3 +131,41 @@ def test_mistakes_are_one_line(capsys, monkeypatch):
     assert benchmark.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.strip().endswith('cannot run on tensors without values: values are asked for') and said.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        ({'datasets:train:mini_batch_szes': '[16]'}, "unknown key (did you mean 'mini_batch_sizes'?)"),
+        ({'datasets:train:gt_sizes': '[32, a]'}, 'datasets.train.gt_sizes'),
+        ({'datasets:train:mini_batch_sizes': '8'}, 'datasets.train.mini_batch_sizes = [8]: '),
+        ({'train': '[1]'}, 'train = [1]: expected a block'),
+        ({'datasets': '[1]'}, 'datasets = [1]: expected a block'),
+        ({'scale': 'null'}, 'scale'),
+        ({'device': 'cuda:1'}, 'device = cuda:1: expected'),
+    ],
+)
+def test_mistakes_in_a_file_are_not_blamed_on_networks(changes, said, capsys):
+    small = {key: value for key, _, value in (part.partition('=') for part in SMALL)}
+    if 'train' in changes or 'datasets' in changes:
+        small = {key: value for key, value in small.items() if not key.startswith('datasets')}
+    arguments = [f'{key}={value}' for key, value in {**small, **changes}.items()]
+    for memory in ([], ['--memory']):
+        assert benchmark.main(['step', *memory, '-opt', 'train_edsr_x4', '--force_yml', *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and 'values' not in error.partition('did you mean')[0].partition('expected')[0], error
+
+
+def test_a_teacher_cache_spares_the_teacher():
+    large = ('network_t:num_feat=64', 'network_t:num_block=4', 'network_vqgan=null', 'train:cl_opt=null')
+    arguments = (*SMALL, *large, 'train:ce_opt=null', 'network_his=null', 'network_vqgan=null')
+    arguments = tuple(key for key in arguments if not key.startswith('network_vqgan:'))
+    live = predict('train_edsr_x4', None, arguments)
+    cached = predict('train_edsr_x4', None, (*arguments, 'datasets:train:teacher_cache=cache.lmdb'))
+    assert cached['peak'] < live['peak']
+
+
+@pytest.mark.parametrize('more', [['--device', 'cpu'], ['--data']])
+def test_what_memory_does_not_take(more, capsys):
+    assert benchmark.main(['step', '--memory', '-opt', 'train_edsr_x4', *more]) == 2
+    assert 'leave --device and --data out' in capsys.readouterr().err

@@ -189,3 +189,19 @@ def _align(optimizer):
             alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if alike and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def complete(optimizer: torch.optim.Optimizer) -> None:
+    """Begin, at zero, what an optimiser's settings need and its loaded state lacks, such as the maxima of amsgrad."""
+    known = inspect.signature(type(optimizer)).parameters
+    for group in optimizer.param_groups:
+        probe = torch.zeros_like(group['params'][0].detach().flatten()[:1], requires_grad=True)
+        probe.grad = torch.zeros_like(probe)
+        settings = {key: value for key, value in group.items() if key in known and key != 'params'}
+        scratch = type(optimizer)([probe], **settings)
+        scratch.step()
+        for parameter in group['params']:
+            state = optimizer.state.get(parameter) or {}
+            for name, value in scratch.state[probe].items() if state else ():
+                if state.get(name) is None and isinstance(value, torch.Tensor):
+                    state[name] = torch.zeros_like(parameter) if value.shape == probe.shape else value.clone()
