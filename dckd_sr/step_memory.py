@@ -18,8 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dckd_sr import benchmark, fake_gpu, option_files
+from dckd_sr import benchmark, complexity, fake_gpu, option_files, option_keys
+from dckd_sr.data.files import image_names
+from dckd_sr.data.pair_sizes import header_size
 from dckd_sr.errors import UserError, reason
+from dckd_sr.inference import VAL_KEYS, infer
 from dckd_sr.ops.gradients import Watch
 
 GIB = 2**30
@@ -92,23 +95,28 @@ def stages(data: dict[str, Any]) -> tuple[int, int]:
     return max(zip(batches, sides), key=lambda pair: pair[0] * (pair[1] or 0) ** 2)
 
 
-def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+def predict(
+    path: str, batch_size: int | None = None, overrides: tuple[str, ...] = (), validates: bool = False
+) -> dict[str, Any]:
     """Bytes of one training step.
 
     Args:
         path, overrides: see `benchmark.load`.
         batch_size: images of a batch; None: as the file says, for its largest stage.
+        validates: predict validation, too.
 
     Returns:
         dict: ``batch``, ``gt_size``, ``held`` (name -> bytes that stay), ``peak``, ``where`` (see `Living`),
-        ``peak_measuring`` (of the first iterations, which measure the gradient of each loss).
+        ``peak_measuring`` (of the first iterations, which measure the gradient of each loss), ``guessed`` (lines that
+        decide by values, of which there are none), ``validation`` (None, or ``lq``, (h, w) of an image, whether it
+        ``is_there``, and ``peak``).
 
     Raises:
         UserError: mistakes in options, or a network that cannot run on tensors without values.
     """
     logging.disable(logging.WARNING)
     try:
-        with fake_gpu.fake_gpu(), fake_gpu.Waits(), Living() as living:
+        with fake_gpu.fake_gpu(), fake_gpu.Waits() as waits, Living() as living:
             opt = benchmark.load(path, overrides)
             raw = _options(path, overrides)
             data, accum_iter = raw['datasets']['train'], raw['train'].get('accum_iter') or 1
@@ -129,6 +137,7 @@ def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...]
                 for name in ('lq', 'gt', 'output', 'cached_teacher'):
                     vars(model).pop(name, None)
 
+            waits.found.clear()  # of building
             watch, peaks = model.watch, []
             model.watch = Watch(0)  # which measures nothing
             for iteration in (1, 2, 1):  # the optimiser has its state from the second one on
@@ -138,6 +147,9 @@ def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...]
                 model.watch = watch if iteration == 2 else model.watch
             held = _held(model)
             held['other'] = living.now - sum(held.values())
+            # Its gate reads one value where an optimiser is not fused: whether to take the step.
+            places = {place for what, place in waits.found if what == 'item' and not place.startswith('stepping.py')}
+            validation = _validation(model, opt, raw, living) if validates else None
     except UserError:
         raise
     except Exception as error:  # an operation without a rule for shapes, a branch on values: whatever a network raises
@@ -152,6 +164,8 @@ def predict(path: str, batch_size: int | None = None, overrides: tuple[str, ...]
         'peak': peaks[1],
         'where': living.where,
         'peak_measuring': peaks[2],
+        'guessed': sorted(places),
+        'validation': validation,
     }
 
 
@@ -170,6 +184,30 @@ def _batch(opt, batch, side, cached):
     shapes = {'lq': ('input', side // opt['scale']), 'gt': ('output', side)}
     shapes.update({'teacher': ('output', side)} if cached else {})
     return {key: torch.rand(batch, benchmark.channels(opt, end), n, n) for key, (end, n) in shapes.items()}
+
+
+def _validation(model, opt, raw, living):
+    """The peak with the largest LQ image of the file's sets, or one of the papers' size where none of them is there."""
+    sets = [block for name, block in raw['datasets'].items() if name.split('_')[0] == 'val' and isinstance(block, dict)]
+    if not sets:
+        return None
+    sizes = [size for block in sets for size in _sizes(block, opt['scale'])]
+    size = max(sizes, key=math.prod) if sizes else complexity.paper_shape(opt['scale'])[2:]
+    living.peak, net, val = living.now, getattr(model, 'net_g_ema', None) or model.net_g, raw.get('val') or {}
+    lq = torch.rand(1, benchmark.channels(opt, 'input'), *size).to(model.device)
+    with torch.no_grad():
+        infer(net.eval(), lq, opt['scale'], **{key: val.get(key) for key in VAL_KEYS})
+    return {'lq': list(size), 'is_there': bool(sizes), 'peak': living.peak}
+
+
+def _sizes(block, scale):
+    """(height, width) of a set's LQ images, by their headers; nothing of what is not there."""
+    for key, factor in (('dataroot_lq', 1), ('dataroot_gt', scale)):
+        folder = Path(option_keys.expand(str(block.get(key) or '')))
+        if block.get(key) and folder.is_dir() and folder.suffix != '.lmdb':
+            found = [header_size('', str(folder / name)) for name in image_names(str(folder))]
+            return [(size[0] // factor, size[1] // factor) for size in found if size]
+    return []
 
 
 def _held(model):
@@ -195,7 +233,7 @@ def variants(path: str, batch_size: int | None = None, overrides: tuple[str, ...
 
     Last, half a batch with twice as many micro-batches, in addition to all of them.
     """
-    first = predict(path, batch_size, overrides)
+    first = predict(path, batch_size, overrides, validates=True)
     yield (), first
     train = _options(path, overrides)['train']
     savings = [saving for saving in SAVINGS if train.get('cl_opt') or 'negatives' not in saving[0]]
@@ -232,6 +270,13 @@ def table(result: dict[str, Any]) -> str:
         f'"yes": {SPARE} times the peak and {CONTEXT / GIB:.1f} GiB fit, for libraries, workspaces and gaps: an '
         'assumption, not measured on a card; compiled networks may need more or less',
     ]
+    if first['guessed']:
+        places = '; '.join(first['guessed'])
+        lines.append(f'a guess: there are no values here, and the step decides by some: {places}')
+    if first['validation']:
+        (height, width), there = first['validation']['lq'], first['validation']['is_there']
+        which = 'the largest of its sets' if there else 'assumed, its sets are not there'
+        lines.append(f'validation: {first["validation"]["peak"] / GIB:.2f} GiB, LQ {width}x{height} ({which})')
     return '\n'.join(lines)
 
 

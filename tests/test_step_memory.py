@@ -1,10 +1,14 @@
 """Memory of a step on a GPU that is not there: counting against bytes added up by hand, and against real tensors."""
 
 import json
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
 from small_run import edsr
 
 from dckd_sr import benchmark, complexity, fake_gpu, step_memory
@@ -68,6 +72,30 @@ def test_a_forward_pass_needs_what_real_tensors_need():
     assert real <= living.peak < 1.02 * real + 30 * 512  # blocks
 
 
+def a_training(device):
+    """Three steps of a small network, whose weights weigh as much as its activations."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.LayerNorm(256)) * 2).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, foreach=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.zeros(512, 256, device=device)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_whole_step_needs_what_torchs_profiler_counts_of_real_tensors():
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        a_training('cpu')
+    now = real = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            now += event.nbytes()
+            real = max(real, now)
+    with fake_gpu.fake_gpu(), Living() as living:
+        a_training('cuda')
+    assert real > 4 * 512 * 256 * 4 and living.peak == pytest.approx(real, rel=0.02)
+
+
 def test_a_step_of_the_shipped_kind():
     whole = predict('train_edsr_x4', None, SMALL)
     student = sum(p.numel() for p in build_network({**edsr(8, 4), 'num_block': 1}).parameters())
@@ -99,6 +127,39 @@ def test_a_step_of_the_shipped_kind():
 )
 def test_the_largest_stage(data, expected):
     assert stages(data) == expected
+
+
+@ARCH_REGISTRY.register()
+class DecidesByValues(torch.nn.Conv2d):
+    def __init__(self, num_in_ch=3, upscale=4):
+        super().__init__(3, 3, 1)
+
+    def forward(self, x):
+        x = torch.nn.functional.interpolate(x, scale_factor=4)
+        return super().forward(x if x.mean() > 0.5 else x * 2)
+
+
+def test_what_values_decide_is_a_guess():
+    small = tuple(key for key in SMALL if not key.startswith('network_g'))
+    found = predict('train_edsr_x4', None, (*small, 'network_g={type: DecidesByValues}'))
+    assert found['guessed'] and predict('train_edsr_x4', None, SMALL)['guessed'] == []
+    result = {'option_file': 'f', 'variants': [{'with': [], **found}]}
+    assert 'a guess: there are no values here' in step_memory.table(result)
+
+
+def test_validation_has_the_largest_image_that_is_there():
+    for name, size in (('a', (32, 20)), ('b', (52, 40)), ('c', (12, 60))):
+        Path('sets').mkdir(exist_ok=True)
+        cv2.imwrite(f'sets/{name}.png', np.zeros((*size, 3), np.uint8))
+    folder = 'datasets:val_1:dataroot_gt=sets'
+    found = predict('train_edsr_x4', None, (*SMALL, folder), validates=True)
+    held = sum(found['held'].values())
+    assert found['validation']['lq'] == [13, 10] and found['validation']['is_there']
+    # LQ, and the output and a map of 8 channels at full size, at least; less than a step.
+    assert held + 4 * 52 * 40 * 11 < found['validation']['peak'] < found['peak']
+    found = predict('train_edsr_x4', None, (*SMALL, 'datasets:val_1:dataroot_gt=nowhere'), validates=True)
+    assert found['validation']['lq'] == [180, 320] and not found['validation']['is_there']
+    assert 'LQ 320x180 (assumed' in step_memory.table({'option_file': 'f', 'variants': [{'with': [], **found}]})
 
 
 def test_what_fits_leaves_room():
