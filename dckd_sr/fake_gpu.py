@@ -1,7 +1,7 @@
 """A CUDA device on a machine that has none: tensors with shapes, types and devices, but without values.
 
-What a step needs of a GPU's memory, and whether it would wait for one, is known without running a single kernel. The
-interfaces of torch used here are private ones; they were tried with torch 2.6 to 2.14.
+What a step needs of a GPU's memory, and whether it would wait for one, is known without running a single kernel. Some
+of the interfaces of torch that are used here are private; they were tried with torch 2.13.
 """
 
 from __future__ import annotations

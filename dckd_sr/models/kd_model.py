@@ -10,7 +10,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from dckd_sr import checkpoint
+from dckd_sr import checkpoint, devices
 from dckd_sr.ops import gradients
 from dckd_sr.ops.history import average_
 from dckd_sr.ops.mixup import mixup
@@ -161,8 +161,7 @@ class KDModel(SRModel):
         values = [buffer.clone() for buffer in buffers]
         losses = [loss for name, loss in vars(self).items() if name.startswith('cri_') and loss is not None]
         counts, found = [dict(vars(loss)) for loss in losses], list(self.watch.found)
-        kinds = ['cpu'] if self.device.type == 'cpu' else ['cpu', self.device.type]
-        states = [torch.get_rng_state() if kind == 'cpu' else getattr(torch, kind).get_rng_state() for kind in kinds]
+        states = torch.get_rng_state(), devices.generator_state(self.device)
 
         def undo():
             with torch.no_grad():
@@ -173,8 +172,9 @@ class KDModel(SRModel):
             for loss, before in zip(losses, counts):
                 vars(loss).update(before)
             self.watch.found = list(found)
-            for kind, state in zip(kinds, states):
-                (torch if kind == 'cpu' else getattr(torch, kind)).set_rng_state(state)
+            torch.set_rng_state(states[0])
+            if states[1] is not None:
+                devices.set_generator_state(states[1], self.device)
 
         return undo
 

@@ -14,9 +14,9 @@ import torch
 Step = namedtuple('Step', 'iteration micro ok terms')
 
 
+# Optimisers whose fused kernels can be told on the device to leave a step out. That of SGD starts its momentum in a
+# step that it leaves out, from memory that nobody has written to, and that of Adagrad is for CPUs.
 TOLD = torch.optim.Adam, torch.optim.AdamW
-# Fused kernels that can be told on the device to leave a step out. That of SGD starts its momentum in a step that it
-# leaves out, from memory that nobody has written to, and that of Adagrad is for CPUs.
 
 
 def device_settings(cls: type[torch.optim.Optimizer], device: torch.device, given: dict) -> dict[str, bool]:
@@ -29,11 +29,21 @@ def device_settings(cls: type[torch.optim.Optimizer], device: torch.device, give
         return {}
     if issubclass(cls, TOLD) and not {'fused', 'foreach', 'capturable'} & set(given):
         with contextlib.suppress(RuntimeError):  # no such kernel for this kind of device
-            cls([torch.zeros(1, device=device)], fused=True)
-            return {'fused': True}
+            if _leaves_steps_out(cls, device):
+                return {'fused': True}
     counts = 'capturable' in inspect.signature(cls).parameters and device.type in ('cuda', 'xpu')
     # Its counters are then on the device, too.
     return {'capturable': True} if counts and not given.get('fused') and 'capturable' not in given else {}
+
+
+def _leaves_steps_out(cls, device):
+    """Whether the fused kernel of this kind of device heeds ``found_inf``, which is tried once, when a run begins."""
+    probe = torch.ones(1, device=device, requires_grad=True)
+    probe.grad = torch.full_like(probe, torch.nan)
+    optimizer = cls([probe], fused=True)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=device)
+    optimizer.step()
+    return probe.item() == 1
 
 
 class Stepping:

@@ -182,3 +182,14 @@ def test_a_kind_of_device_without_fused_kernels():
             raise RuntimeError('`fused=True` requires all the params to be floating point Tensors of supported devices')
 
     assert stepping.device_settings(Adam, torch.device('meta'), {}) == {}
+
+
+def test_only_kernels_that_heed_found_inf_are_told():
+    class Deaf(torch.optim.Adam):
+        def step(self):
+            del self.grad_scale, self.found_inf
+            super().step()
+
+    cpu = torch.device('cpu')  # which has fused kernels, too
+    assert stepping._leaves_steps_out(torch.optim.Adam, cpu) and stepping._leaves_steps_out(torch.optim.AdamW, cpu)
+    assert not stepping._leaves_steps_out(Deaf, cpu)
